@@ -1,0 +1,67 @@
+"""Checkpoints of the server: global weights, the server optimiser's state and the round, through orbax."""
+
+import logging
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from fslora_jax.errors import UserError
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every step of every save
+
+
+class Checkpoints:
+    """Steps in one folder, each written under a temporary name and then renamed: a step is whole or not there."""
+
+    def __init__(self, folder: Path, keep: int):
+        """Opens a folder, and clears away what a killed run left half-written."""
+        self._folder = folder
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            ),
+        )
+
+    def rounds(self) -> list[int]:
+        """The saved rounds, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, round: int, state: PyTree) -> None:
+        """Saves the state after ``round`` rounds; earlier checkpoints are only dropped when it is complete.
+
+        Raises:
+          UserError: the disk is full or not writable; what was saved before is still there.
+        """
+        try:
+            self._manager.save(round, args=ocp.args.StandardSave(state))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self._folder / str(round)}: the checkpoint cannot be written: {_first_line(error)}; free some "
+                "space or mend its permissions and run the same command again to go on from the last one"
+            ) from None
+
+    def restore(self, round: int, like: PyTree) -> PyTree:
+        """The state of a round, with the structure, shapes and placement of ``like``.
+
+        Raises:
+          UserError: the checkpoint is damaged or of another configuration.
+        """
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        try:
+            return self._manager.restore(round, args=ocp.args.StandardRestore(abstract))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{self._folder / str(round)}: the checkpoint cannot be read: {_first_line(error)}; delete this "
+                "folder to go on from the one before"
+            ) from None
+
+    def close(self) -> None:
+        """Releases the folder."""
+        self._manager.close()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0][:200]

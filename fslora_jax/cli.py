@@ -1,0 +1,163 @@
+"""The command line: ``fslora train | eval | export``."""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import tyro
+from pydantic import BaseModel
+
+from fslora_jax import hub
+from fslora_jax.config import Config, DataConfig, ModelConfig, load_config, make_config, suggest
+from fslora_jax.display import TerminalDisplay, print_summary
+from fslora_jax.errors import UserError
+from fslora_jax.federation.loop import run
+from fslora_jax.federation.results import export_client, export_round
+
+USAGE = """\
+usage: fslora COMMAND ...
+
+Federated Sketching LoRA: every client trains a random part of a shared LoRA adapter, and a whole
+federated round is one compiled program.
+
+commands:
+  train CONFIG.yaml   train, or go on with a run folder that exists; any setting can be overridden
+  eval FOLDER         evaluate a run folder or a PEFT adapter
+  export RUN          write a PEFT adapter: the global one, or one client's at its own rank
+
+`fslora COMMAND --help` tells more.
+"""
+
+
+def mirrored_fields(default: BaseModel) -> list[tuple[str, Any, Any]]:
+    """Names, described types and defaults of a config's settings, for plain dataclasses.
+
+    tyro reads types and help from these; the rules are checked once, by `make_config`, with one-line errors.
+    """
+    fields = []
+    for name, info in type(default).model_fields.items():
+        value = getattr(default, name)
+        if isinstance(value, BaseModel):
+            doc = {"__doc__": type(value).__doc__}
+            section = dataclasses.make_dataclass(type(value).__name__, mirrored_fields(value), namespace=doc)
+            fields.append((name, section, dataclasses.field(default_factory=section)))
+        else:
+            described = Annotated[info.annotation, tyro.conf.arg(help=info.description)]
+            fields.append((name, described, dataclasses.field(default_factory=lambda value=value: value)))
+    return fields
+
+
+def parse(form: type, prog: str, description: str, argv: Sequence[str]) -> Any:
+    """Reads arguments into ``form``; an unknown one is a one-line error with a suggestion."""
+    values, unknown = tyro.cli(
+        form, prog=prog, description=description, args=list(argv), return_unknown_args=True
+    )
+    if unknown:
+        name = unknown[0].lstrip("-").replace("-", "_")
+        hint = suggest(name) if "." in name else f"; see {prog} --help"
+        raise UserError(f"unknown argument {unknown[0]}{hint}")
+    return values
+
+
+def train_command(argv: Sequence[str]) -> None:
+    """Train from a config file; on a run folder that exists, go on from its last checkpoint.
+
+    Every setting of the file can be overridden, such as --federation.num-rounds 10. A run folder holds
+    config.yaml, metrics.jsonl, checkpoints/, adapter/ (PEFT) and figures/.
+    """
+    given = bool(argv) and not argv[0].startswith("-")
+    if not given and not {"-h", "--help"} & set(argv):
+        raise UserError(
+            "train: no config file; expected fslora train CONFIG.yaml [--run-dir DIR] [--SETTING VALUE]"
+        )
+    path = Path(argv[0]) if given else Path("CONFIG.yaml")
+    placeholder = Config(model=ModelConfig(name="MODEL"), data=DataConfig(name="DATA"))
+    defaults = load_config(path) if given else placeholder
+    run_dir = Annotated[Path | None, tyro.conf.arg(help="Run folder; by default a dated one under runs/.")]
+    fields = [("run_dir", run_dir, dataclasses.field(default=None)), *mirrored_fields(defaults)]
+    form = dataclasses.make_dataclass("Train", fields)
+    args = parse(form, f"fslora train {path}", train_command.__doc__ or "", argv[1:] if given else argv)
+    values = dataclasses.asdict(args)
+    folder = values.pop("run_dir") or Path("runs") / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    config = make_config(values, "settings")
+    with TerminalDisplay() as display:
+        summary = run(config, folder, display)
+    print_summary(summary, folder)
+
+
+@dataclasses.dataclass
+class Evaluate:
+    """Evaluate the global adapter of a run, or a PEFT adapter folder; prints one JSON object."""
+
+    folder: tyro.conf.Positional[Path]
+    """Run folder, or folder with adapter_config.json."""
+    data: str | None = None
+    """File or data set with labelled texts; by default the held-out examples of the run."""
+    text_columns: tuple[str, ...] = ("text",)
+    """Columns of `data` with the text."""
+    label_column: str = "label"
+    """Column of `data` with the label."""
+    max_length: int = 128
+    """Truncation of the texts of `data` for an adapter folder; a run knows its own."""
+
+
+def eval_command(argv: Sequence[str]) -> None:
+    """Evaluates and prints."""
+    args = parse(Evaluate, "fslora eval", Evaluate.__doc__ or "", argv)
+    print(json.dumps(metrics))
+
+
+@dataclasses.dataclass
+class Export:
+    """Write a PEFT adapter of a run: the global one, or one client's at its own rank."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder."""
+    out: Path
+    """Folder to write."""
+    client: int | None = None
+    """This client's adapter: its sketch of the last state after its local steps, at its own rank."""
+    round: int | None = None
+    """A round that has a checkpoint; by default the newest."""
+
+
+def export_command(argv: Sequence[str]) -> None:
+    """Writes an adapter folder."""
+    args = parse(Export, "fslora export", Export.__doc__ or "", argv)
+    if args.client is None:
+        export_round(args.run, args.out, args.round)
+    else:
+        export_client(args.run, args.out, args.client, args.round)
+    print(f"PEFT adapter: {args.out}")
+
+
+COMMANDS = {"train": train_command, "eval": eval_command, "export": export_command}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command; a user's mistake is one line and exit code 2."""
+    name, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
+    if name in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(hub.default_cache_dir() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"unknown command {name!r}; expected one of {', '.join(COMMANDS)}")
+        COMMANDS[name](rest)
+    except UserError as error:
+        print(f"fslora: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"fslora: error: {error.filename or 'files'}: {os.strerror(error.errno or 0)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("fslora: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

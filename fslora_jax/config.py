@@ -1,0 +1,296 @@
+"""The typed configuration of a run: read from YAML, overridden on the command line, written resolved beside the results."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import optax
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fslora_jax.errors import UserError
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Ratio = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of the configuration; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The frozen base model and its task head."""
+
+    name: str
+    """Local folder or Hugging Face id with config.json, model.safetensors and tokenizer.json."""
+    pooling: Literal["mean", "native"] = "native"
+    """How an example becomes one vector: `native` is the family's own classification head, `mean` averages the
+    tokens under a linear head (better for sentence-embedding models)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the base model and its activations; adapters and reductions stay float32."""
+
+
+class LoraConfig(Section):
+    """The global adapter; the names are PEFT's."""
+
+    r: Count = 64
+    """Rank of the server's adapter."""
+    lora_alpha: Positive = 16.0
+    """LoRA scale is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora; always with the global r."""
+    use_rslora: bool = True
+    """Rank-stabilised scale (arXiv 2312.03732)."""
+    lora_dropout: Fraction = 0.0
+    """Dropout on the input of the LoRA branch in training."""
+    target_modules: tuple[str, ...] = ("query", "value")
+    """Linear modules to adapt, by path or its ending."""
+
+
+class DataConfig(Section):
+    """Labelled texts, how they are split, tokenised and batched."""
+
+    name: str
+    """Local .tsv, .csv, .json or .jsonl file, or a Hugging Face data set id."""
+    split: str = "train"
+    """Split of a hub data set to train on."""
+    test_name: str | None = None
+    """Local file with the held-out examples; without one, `test_examples` are held out of the training data."""
+    test_examples: Count = 1000
+    """Number of examples held out at random, where there is no `test_name`."""
+    text_columns: tuple[str, ...] = ("text",)
+    """One column, or two for sentence pairs; numbers are positions in a file without a header."""
+    label_column: str = "label"
+    """Column with the label."""
+    label_names: tuple[str, ...] | None = None
+    """All labels in order; by default those that occur, sorted."""
+    max_length: Count = 128
+    """Longer texts are truncated to this many tokens."""
+    row_length: Count | None = None
+    """Tokens of a packed row; by default `max_length`."""
+    packing: bool = True
+    """Several short examples in one row (exact, and much faster), or one padded example a row."""
+
+
+class PartitionConfig(Section):
+    """Who holds which examples."""
+
+    name: Literal["iid", "dirichlet"] = "dirichlet"
+    """`dirichlet` draws each label's shares over the clients from Dirichlet(dirichlet_alpha)."""
+    dirichlet_alpha: Positive = 0.1
+    """Small values skew the labels strongly."""
+    min_examples: Annotated[int, Field(ge=0)] = 1
+    """No client holds fewer examples."""
+
+
+class FederationConfig(Section):
+    """Method, clients and rounds."""
+
+    method: Literal["fslora", "fedit"] = "fslora"
+    """Federated method."""
+    num_clients: Count = 20
+    """Clients in the population."""
+    clients_per_round: Count | None = None
+    """Clients sampled each round; by default all."""
+    num_rounds: Count = 100
+    """Rounds of the run."""
+    local_steps: Count = 10
+    """Optimiser steps of each client in a round (H)."""
+    batch_size: Count = 16
+    """Examples of a local step."""
+    sketching_ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)] = (0.125, 0.25, 0.5, 0.75)
+    """k / r, dealt to the clients in turn: client i gets the i-th, cyclically."""
+    share_sketch: bool = False
+    """One draw for all adapted modules of a client, instead of one for each."""
+    client_weights: Literal["uniform", "examples"] = "uniform"
+    """Weights of the average: equal, or by the number of examples."""
+    layout: Literal["tiered", "masked"] = "tiered"
+    """`tiered` trains rank-k adapters, clients grouped by k; `masked` trains all at rank r. Same result."""
+    cohort_chunks: Count = 1
+    """Parts in which each device works through its clients, one after another, to save memory."""
+
+
+class ClientOptimizerConfig(Section):
+    """The optimiser of the local steps; its state starts afresh in every round."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """`sgd` takes `momentum`; `adamw` takes `b1`, `b2`, `eps`."""
+    learning_rate: NonNegative = 5e-4
+    """Peak learning rate."""
+    momentum: Fraction = 0.0
+    """Momentum of `sgd`."""
+    b1: Fraction = 0.9
+    """First decay rate of `adamw`."""
+    b2: Fraction = 0.999
+    """Second decay rate of `adamw`."""
+    eps: Positive = 1e-8
+    """Denominator's offset of `adamw`."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay on what the client trains."""
+    max_grad_norm: Positive | None = None
+    """Clips each client's gradient to this global norm."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay of the learning rate to zero over all steps of the run."""
+    warmup_rounds: Annotated[int, Field(ge=0)] = 0
+    """Rounds over which the learning rate rises from zero."""
+
+
+class ServerOptimizerConfig(Section):
+    """The optimiser of the averaged change; the default is plain averaging."""
+
+    name: str = "sgd"
+    """Any optimiser of optax by its name: sgd, adam, yogi, adagrad, lion ..."""
+    learning_rate: Positive = 1.0
+    """Server learning rate; 1 with sgd is plain averaging."""
+    options: dict[str, float | bool] = {}
+    """Further keyword arguments of that optimiser, such as {momentum: 0.9}."""
+
+    @model_validator(mode="after")
+    def _builds(self) -> "ServerOptimizerConfig":
+        self.build()
+        return self
+
+    def build(self) -> optax.GradientTransformation:
+        """The optax transformation of this section."""
+        factory = getattr(optax, self.name, None)
+        if self.name.startswith("_") or not callable(factory):
+            raise ValueError(
+                f"name: {self.name!r} is no optimiser of optax; expected one such as sgd or adam"
+            )
+        try:
+            optimizer = factory(learning_rate=self.learning_rate, **self.options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optax.{self.name} does not take these options: {error}") from None
+        if not isinstance(optimizer, optax.GradientTransformation):
+            raise ValueError(f"name: optax.{self.name} is no optimiser; expected one such as sgd or adam")
+        return optimizer
+
+
+class Config(Section):
+    """A federated run."""
+
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraConfig = LoraConfig()
+    partition: PartitionConfig = PartitionConfig()
+    federation: FederationConfig = FederationConfig()
+    client_optimizer: ClientOptimizerConfig = ClientOptimizerConfig()
+    server_optimizer: ServerOptimizerConfig = ServerOptimizerConfig()
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seeds every random purpose: initial weights, split, partition, cohorts, sketches, batches, dropout."""
+    evaluate_every: Count = 10
+    """Rounds between evaluations; the first and the last state are always evaluated."""
+    checkpoint_every: Count = 10
+    """Rounds between checkpoints; the last is always saved."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints to keep."""
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Further loggers; metrics.jsonl is always written."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        f, r = self.federation, self.lora.r
+        if f.clients_per_round is not None and f.clients_per_round > f.num_clients:
+            raise ValueError(
+                f"federation.clients_per_round: found {f.clients_per_round}, expected at most "
+                f"federation.num_clients = {f.num_clients}"
+            )
+        for ratio in f.sketching_ratios:
+            if round(ratio * r) < 1:
+                raise ValueError(
+                    f"federation.sketching_ratios: {ratio} of rank {r} rounds to k = 0, expected k >= 1; "
+                    f"use a ratio of at least {1 / r:.4g} or a larger lora.r"
+                )
+        if f.method == "fedit" and any(ratio != 1 for ratio in f.sketching_ratios):
+            raise ValueError(
+                f"federation.sketching_ratios: found {list(f.sketching_ratios)}, but fedit trains all r "
+                "components at every client; set [1.0], or method: fslora"
+            )
+        if self.data.row_length is not None and self.data.row_length < self.data.max_length:
+            raise ValueError(
+                f"data.row_length: found {self.data.row_length}, expected at least data.max_length = "
+                f"{self.data.max_length}, since an example stays within one row"
+            )
+        return self
+
+    @property
+    def clients_per_round(self) -> int:
+        """Size of the cohort."""
+        return self.federation.clients_per_round or self.federation.num_clients
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a packed row."""
+        return self.data.row_length or self.data.max_length
+
+
+def known_fields(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Dotted names of all settings.
+
+    >>> "federation.num_rounds" in known_fields()
+    True
+    """
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += known_fields(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def suggest(name: str) -> str:
+    """``; did you mean ...?`` for a misspelt setting, or nothing."""
+    near = difflib.get_close_matches(name, known_fields(), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(known_fields(prefix=''))}"
+
+
+def one_line(error: ValidationError) -> str:
+    """The first mistake of a pydantic error as ``field: found, expected``, and how many more there are."""
+    first, *rest = error.errors(include_url=False)
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        text = f"unknown setting {field}{suggest(field)}"
+    elif first["type"] == "missing":
+        text = f"{field}: missing; add it to the config"
+    elif first["type"] == "value_error":
+        text = f"{field + '.' if field else ''}{first['ctx']['error']}"
+    else:
+        text = f"{field}: found {first['input']!r}; {first['msg'][0].lower() + first['msg'][1:]}"
+    return text + (f" (and {len(rest)} more)" if rest else "")
+
+
+def make_config(values: Any, source: str) -> Config:
+    """Checks nested values against the schema.
+
+    Raises:
+      UserError: one line with ``source``, the field, what was found and what was expected.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: found {type(values).__name__}, expected a mapping of settings")
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {one_line(error)}") from None
+
+
+def load_config(path: Path) -> Config:
+    """Reads a YAML config."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; expected a YAML config") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text at byte {error.start}; expected a YAML config") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
+    return make_config(values, str(path))
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML; ``load_config`` reads it back equal."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)

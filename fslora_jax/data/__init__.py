@@ -1,0 +1,1 @@
+"""Labelled texts: reading, tokenising, dividing among clients, packing into batches."""

@@ -1,0 +1,112 @@
+"""Minibatches as pure functions: which examples a client sees when, and the arrays that hold them."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Int
+
+from fslora_jax.data import packing
+from fslora_jax.data.tokens import TokenStore
+from fslora_jax.errors import UserError
+from fslora_jax.random import Purpose, host_rng
+from fslora_jax.types import Batch
+
+FILLER = -1
+"""Stands for an example that is not there; it has no tokens and no weight."""
+
+
+def stream(
+    examples: Int[np.ndarray, " n"], seed: int, client: int, start: int, count: int
+) -> Int[np.ndarray, " count"]:
+    """Positions ``start`` to ``start + count`` of a client's endless stream of its ``examples``.
+
+    The stream is one fresh permutation after another, so any window of it is found without its history.
+
+    >>> window = stream(np.array([5, 6, 7]), 0, 0, 300, 6)
+    >>> sorted(window[:3].tolist()), sorted(window[3:].tolist())
+    ([5, 6, 7], [5, 6, 7])
+    """
+    n = len(examples)
+    if n == 0:
+        raise UserError(f"client {client} has no data; choose fewer clients or min_examples of 1")
+    passes = range(start // n, (start + count) // n + 1)
+    order = np.concatenate([host_rng(seed, Purpose.BATCH, client, i).permutation(n) for i in passes])
+    return examples[order[start % n : start % n + count]]
+
+
+def make_batch(
+    store: TokenStore,
+    labels: Int[np.ndarray, " n"],
+    examples: Int[np.ndarray, "*lead E"],
+    num_rows: int,
+    row_length: int,
+    pack: bool,
+) -> Batch:
+    """Lay the examples of each batch into rows, as NumPy arrays with the leading axes of ``examples``.
+
+    With ``pack``, several share a row; else example ``e`` has row ``e``. ``rows_for`` tells how many rows it
+    takes. Padding is token 0 of segment 0.
+    """
+    *lead, num_examples = examples.shape
+    chosen = examples.reshape(-1, num_examples)
+    real = chosen != FILLER
+    lengths = np.where(real, store.lengths[chosen], 0)
+    rows = _rows(lengths, row_length, pack)
+    if rows.max(initial=-1) >= num_rows:
+        raise UserError(f"num_rows is {num_rows}, but a batch takes {rows.max() + 1} rows; use rows_for")
+    first = (np.arange(len(chosen))[:, None] * num_rows + rows) * row_length + _starts(lengths, rows)
+
+    count = lengths.ravel()
+    within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    source = np.repeat(store.offsets[chosen].ravel(), count) + within
+    target = np.repeat(first.ravel(), count) + within
+    segments = np.repeat(np.tile(np.arange(1, num_examples + 1), len(chosen)), count)
+    cells = np.zeros((4, len(chosen) * num_rows * row_length), np.int32)
+    cells[:, target] = store.tokens[source], segments, within, store.types[source]
+    labels_of = np.where(real, labels[chosen], 0).astype(np.int32).reshape(examples.shape)
+    weights = real.astype(np.float32).reshape(examples.shape)
+    return Batch._make((*cells.reshape(4, *lead, num_rows, row_length), labels_of, weights))
+
+
+def rows_for(store: TokenStore, examples: Int[np.ndarray, "*lead E"], row_length: int, pack: bool) -> int:
+    """The rows that hold any one of the batches: the static shape of a whole run."""
+    lengths = np.where(examples != FILLER, store.lengths[examples], 0)
+    return int(_rows(lengths, row_length, pack).max(initial=-1)) + 1
+
+
+def eval_batches(
+    store: TokenStore,
+    labels: Int[np.ndarray, " n"],
+    examples: Int[np.ndarray, " m"],
+    batch_examples: int,
+    row_length: int,
+    pack: bool,
+) -> Iterator[Batch]:
+    """Every example once, in batches of one shape; fillers complete the last ones.
+
+    Sorted by length and dealt out like cards, so that each batch has the same mix of lengths and takes as
+    many rows as any other.
+    """
+    num_batches = -(-len(examples) // batch_examples)
+    dealt = np.full((batch_examples, num_batches), FILLER)
+    dealt.flat[: len(examples)] = examples[np.argsort(-store.lengths[examples], kind="stable")]
+    num_rows = rows_for(store, dealt.T, row_length, pack)
+    for chosen in dealt.T:
+        yield make_batch(store, labels, chosen, num_rows, row_length, pack)
+
+
+def fill(batch: Batch) -> float:
+    """The part of the batch that is tokens of examples, not padding."""
+    return float(np.mean(np.asarray(batch.segments) > 0))
+
+
+def _rows(lengths: Int[np.ndarray, "*lead E"], row_length: int, pack: bool) -> Int[np.ndarray, "*lead E"]:
+    if pack:
+        return packing.pack(lengths, row_length)
+    packing.check_lengths(lengths, row_length)
+    return np.broadcast_to(np.arange(lengths.shape[-1]), lengths.shape)
+
+
+def _starts(lengths: Int[np.ndarray, "m E"], rows: Int[np.ndarray, "m E"]) -> Int[np.ndarray, "m E"]:
+    earlier = np.tri(lengths.shape[-1], k=-1, dtype=bool)
+    return np.einsum("mef,mf->me", (rows[:, :, None] == rows[:, None, :]) & earlier, lengths)

@@ -1,0 +1,86 @@
+"""What a person sees in the terminal: stages, a progress bar, the table at the end."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+MB = 1e6
+
+
+class TerminalDisplay:
+    """Stages as lines, rounds as one progress bar on stderr."""
+
+    def __init__(self, console: Console | None = None):
+        self._console = console or Console(stderr=True)
+        self._accuracy = float("nan")
+        self._progress = Progress(
+            TextColumn("round"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[values]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._bar = self._progress.add_task("rounds", total=None, values="", visible=False)
+
+    def __enter__(self) -> "TerminalDisplay":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def stage(self, text: str) -> None:
+        """One line for what happens now."""
+        self._console.print(f"[dim]{text} ...[/dim]")
+
+    def round(self, done: int, total: int, values: dict[str, float]) -> None:
+        """Moves the bar on; loss, last known accuracy, traffic so far, speed."""
+        self._accuracy = values.get("eval/accuracy", self._accuracy)
+        sent = (values["traffic/up_bytes"] + values["traffic/down_bytes"]) / MB
+        text = (
+            f"loss {values['train/loss']:.3f}  accuracy {self._accuracy:.3f}  "
+            f"{sent:.1f} MB  {values['clients_per_second']:.1f} clients/s"
+        )
+        self._progress.update(self._bar, completed=done, total=total, values=text, visible=True)
+
+
+def print_summary(summary: dict[str, Any], run_dir: Path) -> None:
+    """Accuracy before and after, bytes of each tier against full-rank federated LoRA, seconds, where the adapter is."""
+    console = Console()
+    before, after = summary["before"], summary["after"]
+    results = Table(
+        title=f"{summary['method']}, rank {summary['r']}, {summary['rounds']} rounds", title_justify="left"
+    )
+    results.add_column("held-out examples")
+    for name in ("before", "after"):
+        results.add_column(name, justify="right")
+    for metric in ("eval/accuracy", "eval/loss"):
+        results.add_row(metric.removeprefix("eval/"), f"{before[metric]:.4f}", f"{after[metric]:.4f}")
+    console.print(results)
+
+    full = summary["full_rank"]
+    bytes_table = Table(title="MB of one client in one round", title_justify="left")
+    for name in ("k", "clients", "down", "up", f"of rank {summary['r']} up"):
+        bytes_table.add_column(name, justify="right")
+    for tier in summary["tiers"]:
+        bytes_table.add_row(
+            str(tier["k"]),
+            str(tier["clients"]),
+            f"{tier['down_bytes'] / MB:.3f}",
+            f"{tier['up_bytes'] / MB:.3f}",
+            f"{tier['up_bytes'] / full['up_bytes']:.1%}",
+        )
+    full_name = f"{summary['r']} (federated LoRA)"
+    bytes_table.add_row(
+        full_name, "", f"{full['down_bytes'] / MB:.3f}", f"{full['up_bytes'] / MB:.3f}", "100.0%"
+    )
+    console.print(bytes_table)
+    console.print(
+        f"sent in all: {summary['up_bytes'] / MB:.1f} MB up, {summary['down_bytes'] / MB:.1f} MB down\n"
+        f"compilation {summary['compile_seconds']:.1f} s, a round {summary['median_round_seconds']:.2f} s (median)"
+    )
+    console.print(f"run folder: {run_dir}\nPEFT adapter: {run_dir / summary['adapter']}", soft_wrap=True)

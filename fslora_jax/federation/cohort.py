@@ -1,0 +1,75 @@
+"""The cohort: who takes part in a round, and in which slot of which lane each client is placed.
+
+A *lane* is one chunk on one device. All lanes run the same program, so they have the same *slots*; a slot is a place
+for one client and has a rank ``cap``. A client sits in a slot of at least its own rank. Slots of equal cap
+form a tier. The masked layout is the one where every cap is r.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+
+from fslora_jax.random import Purpose, host_rng
+
+EMPTY = -1
+"""The id in a slot that no client takes in a round; it trains on nothing and has weight 0."""
+
+
+class Layout(NamedTuple):
+    """``caps[j]``: rank of slot j, largest first; ``lanes`` = devices x chunks."""
+
+    caps: tuple[int, ...]
+    lanes: int
+
+    @property
+    def tiers(self) -> tuple[tuple[int, int], ...]:
+        """``(cap, number of slots)`` of each tier of a lane, in slot order."""
+        return tuple((cap, len(list(slots))) for cap, slots in groupby(self.caps))
+
+
+def sample_cohort(seed: int, round: int, num_clients: int, clients_per_round: int) -> np.ndarray:
+    """Ids of the clients of a round, uniform without replacement, sorted; a pure function of (seed, round).
+
+    >>> sample_cohort(0, 0, num_clients=3, clients_per_round=3).tolist()
+    [0, 1, 2]
+    """
+    if clients_per_round == num_clients:
+        return np.arange(num_clients)
+    rng = host_rng(seed, Purpose.COHORT, round)
+    return np.sort(rng.choice(num_clients, clients_per_round, replace=False))
+
+
+def plan_layout(
+    ranks: np.ndarray, cohorts: Sequence[np.ndarray], *, r: int, lanes: int, tiered: bool, max_tiers: int = 8
+) -> Layout:
+    """The smallest slots that hold every cohort of a run, so that one program serves all rounds.
+
+    ``ranks``: k of every client, by id. With clients sorted by rank, slot j of all lanes takes the j-th block of
+    ``lanes`` clients; its cap is the largest rank that block has in any round. Where that gives more than
+    ``max_tiers`` different caps, they are rounded up to multiples of ``r / max_tiers``.
+
+    >>> plan_layout(np.array([8, 8, 16, 32]), [np.arange(4)], r=64, lanes=1, tiered=True).tiers
+    ((32, 1), (16, 1), (8, 2))
+    """
+    size = len(cohorts[0])
+    slots = math.ceil(size / lanes)
+    if not tiered:
+        return Layout((r,) * slots, lanes)
+    caps = np.zeros(slots, int)
+    for cohort in cohorts:
+        caps = np.maximum(caps, np.sort(ranks[cohort])[::-1][::lanes])
+    if len(set(caps)) > max_tiers:
+        step = math.ceil(r / max_tiers)
+        caps = np.minimum(np.ceil(caps / step).astype(int) * step, r)
+    return Layout(tuple(caps.tolist()), lanes)
+
+
+def place(cohort: np.ndarray, ranks: np.ndarray, layout: Layout) -> np.ndarray:
+    """Client ids by ``(lane, slot)``, largest ranks in the first slots, ``EMPTY`` where none is left."""
+    by_rank = cohort[np.argsort(-ranks[cohort], kind="stable")]
+    ids = np.full(len(layout.caps) * layout.lanes, EMPTY)
+    ids[: len(by_rank)] = by_rank
+    return ids.reshape(len(layout.caps), layout.lanes).T

@@ -1,0 +1,91 @@
+"""The host's side of a round: who takes part, with which examples, as arrays on the devices."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
+
+from fslora_jax.data.batches import FILLER, make_batch, rows_for, stream
+from fslora_jax.data.tokens import TokenStore
+from fslora_jax.federation.cohort import EMPTY, Layout, place
+from fslora_jax.federation.round import Cohort, shardings
+from fslora_jax.methods import Client
+
+
+class Population(NamedTuple):
+    """All clients: the tokenised examples, who holds which, each one's rank and share of the average."""
+
+    store: TokenStore
+    labels: Int[np.ndarray, " n"]
+    examples: Sequence[Int[np.ndarray, " n_c"]]
+    ranks: Int[np.ndarray, " clients"]
+    shares: np.ndarray
+
+
+class Steps(NamedTuple):
+    """The shape of local training: seed of the batches, local steps, examples a step, tokens a row, packing."""
+
+    seed: int
+    local_steps: int
+    batch_size: int
+    row_length: int
+    packing: bool
+
+
+def local_examples(
+    population: Population, steps: Steps, ids: Int[np.ndarray, "*slots"], round: int
+) -> Int[np.ndarray, "*slots H E"]:
+    """The examples of each client's local steps in a round; fillers in an empty slot."""
+    count = steps.local_steps * steps.batch_size
+    chosen = np.full((*ids.shape, count), FILLER)
+    for slot, client in np.ndenumerate(ids):
+        if client != EMPTY:
+            mine = population.examples[client]
+            chosen[slot] = stream(mine, steps.seed, int(client), round * count, count)
+    return chosen.reshape(*ids.shape, steps.local_steps, steps.batch_size)
+
+
+def plan_rows(population: Population, steps: Steps, cohorts: Sequence[np.ndarray]) -> int:
+    """Rows of a batch that suffice in every round, so that one program serves them all."""
+    return max(
+        rows_for(population.store, local_examples(population, steps, ids, t), steps.row_length, steps.packing)
+        for t, ids in enumerate(cohorts)
+    )
+
+
+def make_cohort(
+    population: Population,
+    steps: Steps,
+    layout: Layout,
+    ids: np.ndarray,
+    round: int,
+    *,
+    num_rows: int,
+    chunks: int,
+    mesh: Mesh | None = None,
+) -> Cohort:
+    """The arrays of a round's cohort; every process builds and places only what its own devices train."""
+    lanes = place(ids, population.ranks, layout)
+    taken = lanes != EMPTY
+    shares = np.where(taken, population.shares[lanes], 0.0)
+    clients = Client(
+        id=lanes.astype(np.int32),
+        k=np.where(taken, population.ranks[lanes], 1).astype(np.int32),
+        weight=(shares / shares.sum()).astype(np.float32),
+    )
+    by_device = jax.tree.map(lambda x: x.reshape(layout.lanes // chunks, chunks, -1), clients)
+    if mesh is not None:
+        here = [d.process_index == jax.process_index() for d in mesh.devices.flat]
+        by_device = jax.tree.map(lambda x: x[here], by_device)
+    chosen = local_examples(population, steps, by_device.id, round)
+    batches = make_batch(
+        population.store, population.labels, chosen, num_rows, steps.row_length, steps.packing
+    )
+    cohort = Cohort(by_device, batches)
+    if mesh is None:
+        return jax.device_put(cohort)
+    sharding = shardings(mesh)[1]
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), cohort)

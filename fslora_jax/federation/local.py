@@ -1,0 +1,87 @@
+"""Local training: H optimiser steps of every client at once."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from fslora_jax.types import Batch, Local, Pair, Trainable
+
+Apply = Callable[[PyTree, Sequence[Local], Batch, Key[Array, " C"] | None], Float[Array, "C E V"]]
+"""A model: (base, tiers, batch, dropout keys) -> logits of every example of every client."""
+
+
+class ClientOptimizer(NamedTuple):
+    """Direction and size of a local step.
+
+    ``learning_rate`` is a function of the global step ``round * H + h``; clients keep no optimiser state
+    between rounds, so it cannot live inside the transformation.
+    """
+
+    direction: optax.GradientTransformation
+    learning_rate: Callable[[Int[Array, ""]], Float[Array, ""]]
+
+
+def cross_entropy(logits: Float[Array, "C E V"], batch: Batch) -> Float[Array, " C"]:
+    """Each client's mean cross-entropy over its real examples; 0 for a client without any."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    return (losses * batch.weights).sum(-1) / jnp.maximum(batch.weights.sum(-1), 1.0)
+
+
+def masked(updates: Trainable, trains: dict[str, Float[Array, "N k"]]) -> Trainable:
+    """Updates of the components that may move, exact zeros elsewhere: weight decay must not touch a spare one."""
+    adapter = {
+        m: Pair(*(jnp.where(trains[m][..., None] > 0, u, 0.0) for u in pair))
+        for m, pair in updates.adapter.items()
+    }
+    return Trainable(adapter, updates.head)
+
+
+def train(
+    apply: Apply,
+    optimizer: ClientOptimizer,
+    base: PyTree,
+    tiers: Sequence[Local],
+    batches: Batch,
+    first_step: Int[Array, ""],
+    dropout_keys: Key[Array, " C"] | None,
+) -> tuple[list[Local], Float[Array, "C H"]]:
+    """H steps of every client on its own batches; returns what each holds after, and the losses before each step.
+
+    ``batches`` leaves are ``(C, H, ...)``, clients in the order of ``tiers``. The gradient of the summed loss is
+    every client's own gradient, since no trained value is shared; whatever is a client's own runs under ``vmap``.
+    """
+
+    def loss(weights: list[Trainable], batch: Batch, keys: Key[Array, " C"] | None) -> tuple[Array, Array]:
+        held = [tier._replace(weights=w) for tier, w in zip(tiers, weights, strict=True)]
+        losses = cross_entropy(apply(base, held, batch, keys), batch)
+        return losses.sum(), losses
+
+    def one_client(weights: Trainable, state: PyTree, grads: Trainable, local: Local, rate: Array):
+        updates, state = optimizer.direction.update(grads, state, weights)
+        updates = masked(jax.tree.map(lambda u: -rate * u, updates), local.trains)
+        return Trainable(*optax.apply_updates(weights, updates)), state
+
+    def step(carry, inputs):
+        weights, states = carry
+        batch, h = inputs
+        keys = (
+            None if dropout_keys is None else jax.vmap(lambda key: jax.random.fold_in(key, h))(dropout_keys)
+        )
+        grads, losses = jax.grad(loss, has_aux=True)(weights, batch, keys)
+        rate = optimizer.learning_rate(first_step + h)
+        moved = [
+            jax.vmap(one_client, in_axes=(0, 0, 0, 0, None))(*parts, rate)
+            for parts in zip(weights, states, grads, tiers, strict=True)
+        ]
+        return ([w for w, _ in moved], [s for _, s in moved]), losses
+
+    weights = [tier.weights for tier in tiers]
+    states = [jax.vmap(optimizer.direction.init)(w) for w in weights]
+    by_step = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), batches)
+    num_steps = batches.labels.shape[1]
+    (weights, _), losses = jax.lax.scan(step, (weights, states), (by_step, jnp.arange(num_steps)))
+    return [tier._replace(weights=w) for tier, w in zip(tiers, weights, strict=True)], losses.T

@@ -1,0 +1,231 @@
+"""A run from the first round to the exported adapter; killed at any point, it goes on to the same end."""
+
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from fslora_jax import figures
+from fslora_jax.checkpoint import Checkpoints
+from fslora_jax.config import Config
+from fslora_jax.data.partition import label_counts
+from fslora_jax.errors import UserError
+from fslora_jax.evaluate import make_evaluation
+from fslora_jax.federation.cohort import EMPTY
+from fslora_jax.federation.feed import make_cohort
+from fslora_jax.federation.round import Cohort, Keys, make_round, shardings
+from fslora_jax.federation.results import write_global
+from fslora_jax.federation.setup import Federation, initial_server, set_up
+from fslora_jax.log import JsonLines, Logger, open_loggers, read_records
+from fslora_jax.lora import Traffic, traffic
+from fslora_jax.methods import Server
+from fslora_jax.random import Purpose, device_key
+from fslora_jax.rundir import open_run, read_summary, write_summary
+
+
+class Display(Protocol):
+    """What the loop tells a person while it runs."""
+
+    def stage(self, text: str) -> None:
+        """What happens now."""
+        ...
+
+    def round(self, done: int, total: int, values: dict[str, float]) -> None:
+        """A round has ended."""
+        ...
+
+
+def run(config: Config, run_dir: Path, display: Display) -> dict[str, Any]:
+    """Trains to the end, from the last checkpoint if there is one, and returns the summary.
+
+    Raises:
+      UserError: bad input, a full disk, a client's loss that is not finite, a run folder of another config.
+    """
+    with open_run(run_dir, config):
+        finished = read_summary(run_dir)
+        if finished is not None:
+            display.stage("already finished")
+            return finished
+        display.stage("loading model and data")
+        federation = set_up(config)
+        draw_partition(federation, run_dir)
+        server, compile_seconds = train(config, federation, run_dir, display)
+        display.stage("writing adapter and figures")
+        write_global(config, federation, server, run_dir / "adapter")
+        records = read_records(run_dir / "metrics.jsonl")
+        figures.run_figures(records, run_dir / "figures")
+        summary = summarise(config, federation, records, run_dir, compile_seconds)
+        write_summary(run_dir, summary)
+        return summary
+
+
+def train(config: Config, federation: Federation, run_dir: Path, display: Display) -> tuple[Server, float]:
+    """All remaining rounds; returns the final server and the seconds that compilation took."""
+    num_rounds, mesh, base = config.federation.num_rounds, federation.mesh, federation.task.base
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
+    server = initial_server(config, federation)
+    done = max(checkpoints.rounds(), default=0)
+    if done:
+        server = checkpoints.restore(done, server)
+    loggers = open_loggers(config.loggers, run_dir, done)
+    clock = JsonLines(run_dir / "timings.jsonl", done)
+    keys = jax.device_put(
+        Keys(device_key(config.seed, Purpose.SKETCH), device_key(config.seed, Purpose.DROPOUT)),
+        shardings(mesh)[0],
+    )
+    test = jax.device_put(federation.task.test, shardings(mesh)[0])
+    evaluation = make_evaluation(federation.task.model.apply, federation.spec)
+
+    def evaluate(server: Server) -> dict[str, float]:
+        means = evaluation(base, server.weights, test).means()
+        return {f"eval/{name}": value for name, value in means.items()}
+
+    meter = Meter(config, federation)
+    with ThreadPoolExecutor(1) as ahead:
+        upcoming = ahead.submit(cohort_of, config, federation, done)
+        display.stage("compiling the round")
+        step, compile_seconds = compile_round(config, federation, server, keys, upcoming.result())
+        if not done:
+            display.stage("evaluating the start")
+            write(loggers, {"round": 0, **evaluate(server)})
+        for t in range(done, num_rounds):
+            cohort, started = upcoming.result(), time.perf_counter()
+            if t + 1 < num_rounds:
+                upcoming = ahead.submit(cohort_of, config, federation, t + 1)
+            with jax.transfer_guard("disallow"):
+                server, losses = step(base, server, keys, cohort)
+            record = {"round": t + 1, **meter.measure(t, cohort, losses)}
+            seconds = time.perf_counter() - started
+            if (t + 1) % config.evaluate_every == 0 or t + 1 == num_rounds:
+                record |= evaluate(server)
+            write(loggers, record)
+            clients_per_second = config.clients_per_round / seconds
+            clock.write({"round": t + 1, "seconds": seconds, "clients_per_second": clients_per_second})
+            display.round(t + 1, num_rounds, {**record, "clients_per_second": clients_per_second})
+            if (t + 1) % config.checkpoint_every == 0 or t + 1 == num_rounds:
+                checkpoints.save(t + 1, server)
+    for closing in (*loggers, clock, checkpoints):
+        closing.close()
+    return server, compile_seconds
+
+
+def cohort_of(config: Config, federation: Federation, t: int) -> Cohort:
+    """The arrays of round ``t``."""
+    return make_cohort(
+        federation.task.population,
+        federation.steps,
+        federation.layout,
+        federation.cohorts[t],
+        t,
+        num_rows=federation.num_rows,
+        chunks=config.federation.cohort_chunks,
+        mesh=federation.mesh,
+    )
+
+
+def compile_round(config: Config, federation: Federation, server: Server, keys: Keys, cohort: Cohort):
+    """The one executable of all rounds, and the seconds that it took: another shape would be an error."""
+    started = time.perf_counter()
+    one_round = make_round(
+        federation.task.model.apply,
+        federation.method,
+        federation.optimizer,
+        federation.layout,
+        local_steps=config.federation.local_steps,
+        dropout=config.lora.lora_dropout > 0,
+        mesh=federation.mesh,
+    )
+    compiled = jax.jit(one_round).lower(federation.task.base, server, keys, cohort).compile()
+    return compiled, time.perf_counter() - started
+
+
+def write(loggers: list[Logger], record: dict[str, Any]) -> None:
+    """One record to every logger."""
+    for logger in loggers:
+        logger.write(record)
+
+
+class Meter:
+    """Loss and traffic of a round; refuses a loss that is not finite."""
+
+    def __init__(self, config: Config, federation: Federation):
+        self._ranks = federation.task.population.ranks
+        self._cohorts = federation.cohorts
+        bytes_of = {k: client_traffic(config, federation, int(k)) for k in set(self._ranks)}
+        per_round = [
+            [sum(bytes_of[k][way] for k in self._ranks[ids]) for ids in self._cohorts] for way in (0, 1)
+        ]
+        self._down, self._up = (np.cumsum(totals) for totals in per_round)
+
+    def measure(self, t: int, cohort: Cohort, losses: jax.Array) -> dict[str, Any]:
+        """Mean training loss of the round, and the bytes of all rounds so far.
+
+        Raises:
+          UserError: a client's loss is NaN or infinite; names the round and the client.
+        """
+        ids, by_step = (
+            np.concatenate([np.asarray(s.data) for s in x.addressable_shards])
+            for x in (cohort.clients.id, losses)
+        )
+        by_step = by_step[ids != EMPTY]
+        broken = ~np.isfinite(by_step)
+        if broken.any():
+            which, h = np.argwhere(broken)[0]
+            raise UserError(
+                f"round {t + 1}: client {ids[ids != EMPTY][which]}: its loss is {by_step[which, h]} at local step {h + 1}; "
+                "lower client_optimizer.learning_rate, set client_optimizer.max_grad_norm, or look at its data; "
+                "the last checkpoint is kept"
+            )
+        return {
+            "train/loss": math.fsum(by_step.mean(1)) / len(by_step),
+            "traffic/down_bytes": int(self._down[t]),
+            "traffic/up_bytes": int(self._up[t]),
+        }
+
+
+def client_traffic(config: Config, federation: Federation, k: int) -> Traffic:
+    """Bytes of one client of rank ``k`` in one round."""
+    head = jax.eval_shape(federation.task.model.init_head, device_key(0, Purpose.INIT))
+    head_values = sum(math.prod(x.shape) for x in jax.tree.leaves(head))
+    return traffic(federation.spec.targets, federation.spec.r, k, head_values, federation.spec.share_sketch)
+
+
+def draw_partition(federation: Federation, run_dir: Path) -> None:
+    """The picture of who holds what."""
+    task = federation.task
+    counts = label_counts(task.population.labels, task.population.examples, len(task.label_names))
+    folder = run_dir / "figures"
+    folder.mkdir(exist_ok=True)
+    figures.partition_figure(counts, task.label_names, folder / "partition.png")
+
+
+def summarise(
+    config: Config, federation: Federation, records: list[dict], run_dir: Path, compile_seconds: float
+) -> dict[str, Any]:
+    """What the run found, as the last table shows it."""
+    evaluations = [r for r in records if "eval/accuracy" in r]
+    seconds = [r["seconds"] for r in read_records(run_dir / "timings.jsonl")]
+    full = client_traffic(config, federation, config.lora.r)
+    tiers = []
+    for k in sorted(set(federation.task.population.ranks.tolist())):
+        bytes_of = client_traffic(config, federation, k)
+        clients = int((federation.task.population.ranks == k).sum())
+        tiers.append({"k": k, "clients": clients, "down_bytes": bytes_of.down, "up_bytes": bytes_of.up})
+    return {
+        "method": config.federation.method,
+        "r": config.lora.r,
+        "rounds": config.federation.num_rounds,
+        "before": {k: v for k, v in evaluations[0].items() if k.startswith("eval/")},
+        "after": {k: v for k, v in evaluations[-1].items() if k.startswith("eval/")},
+        "tiers": tiers,
+        "full_rank": {"down_bytes": full.down, "up_bytes": full.up},
+        "down_bytes": records[-1]["traffic/down_bytes"],
+        "up_bytes": records[-1]["traffic/up_bytes"],
+        "compile_seconds": compile_seconds,
+        "median_round_seconds": float(np.median(seconds)),
+        "adapter": "adapter",
+    }

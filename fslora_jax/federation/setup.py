@@ -1,0 +1,192 @@
+"""From a config to everything a run needs: model, data, clients, method, optimisers, the shape of the cohort."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from fslora_jax import hub
+from fslora_jax.config import ClientOptimizerConfig, Config, DataConfig
+from fslora_jax.data.batches import eval_batches
+from fslora_jax.data.partition import PARTITIONS, Partition, check_partition
+from fslora_jax.data.tasks import Examples, load_file, load_hub, split_examples
+from fslora_jax.data.tokens import encode, load_tokenizer
+from fslora_jax.errors import UserError
+from fslora_jax.evaluate import stack_batches
+from fslora_jax.federation.cohort import Layout, plan_layout, sample_cohort
+from fslora_jax.federation.feed import Population, Steps, plan_rows
+from fslora_jax.federation.local import ClientOptimizer
+from fslora_jax.federation.round import CLIENTS, shardings
+from fslora_jax.lora import lora_scale, select_targets
+from fslora_jax.methods import METHODS, Method, Server, Spec
+from fslora_jax.models import Model, load_model
+from fslora_jax.random import Purpose, device_key, host_rng
+from fslora_jax.types import Batch
+
+EVAL_EXAMPLES = 64
+"""Examples of an evaluation batch."""
+
+
+class Task(NamedTuple):
+    """The base model, and the task's texts as tokens."""
+
+    model: Model
+    base: PyTree
+    label_names: tuple[str, ...]
+    population: Population
+    test: Batch
+
+
+class Federation(NamedTuple):
+    """All that a run computes with; nothing here changes from round to round."""
+
+    task: Task
+    spec: Spec
+    method: Method
+    optimizer: ClientOptimizer
+    steps: Steps
+    layout: Layout
+    cohorts: list[np.ndarray]
+    num_rows: int
+    mesh: Mesh | None
+
+
+def load_task(config: Config) -> Task:
+    """Finds, reads and tokenises what the config names, and divides it among the clients."""
+    folder = hub.resolve_model(config.model.name)
+    train, test = load_examples(config.data, config.seed)
+    model, base = load_model(
+        folder,
+        num_labels=len(train.label_names),
+        pooling=config.model.pooling,
+        dtype=config.model.dtype,
+        lora_dropout=config.lora.lora_dropout,
+    )
+    if config.data.max_length > model.max_length:
+        raise UserError(
+            f"data.max_length: found {config.data.max_length}, but {config.model.name} has "
+            f"{model.max_length} positions; choose at most that many"
+        )
+    tokenizer = load_tokenizer(folder)
+    stores = [encode(tokenizer, e.texts, config.data.max_length, model.vocab_size) for e in (train, test)]
+    partition = divide(config, train)
+    sizes = np.array([len(share) for share in partition], float)
+    weighted = config.federation.client_weights == "examples"
+    population = Population(
+        store=stores[0],
+        labels=train.labels,
+        examples=partition,
+        ranks=client_ranks(config),
+        shares=sizes if weighted else np.ones_like(sizes),
+    )
+    everything = np.arange(len(test.labels))
+    batches = eval_batches(
+        stores[1], test.labels, everything, EVAL_EXAMPLES, config.row_length, config.data.packing
+    )
+    return Task(model, base, train.label_names, population, stack_batches(batches))
+
+
+def load_examples(data: DataConfig, seed: int) -> tuple[Examples, Examples]:
+    """Training and held-out examples with the same label set."""
+    columns = {"text_columns": data.text_columns, "label_column": data.label_column}
+    found = hub.resolve_dataset(data.name)
+    if found.path is None:
+        train = load_hub(data.name, split=data.split, label_names=data.label_names, **columns)
+    else:
+        train = load_file(found.path, label_names=data.label_names, **columns)
+    if data.test_name is None:
+        return split_examples(train, data.test_examples, host_rng(seed, Purpose.SPLIT))
+    return train, load_file(Path(data.test_name), label_names=train.label_names, **columns)
+
+
+def divide(config: Config, train: Examples) -> Partition:
+    """Which training examples each client holds."""
+    p = config.partition
+    options = {"iid": {}, "dirichlet": {"alpha": p.dirichlet_alpha, "min_examples": p.min_examples}}
+    partition = PARTITIONS[p.name](
+        train.labels,
+        config.federation.num_clients,
+        rng=host_rng(config.seed, Purpose.PARTITION),
+        **options[p.name],
+    )
+    check_partition(partition)
+    return partition
+
+
+def client_ranks(config: Config) -> np.ndarray:
+    """k of every client: the sketching ratios dealt in turn."""
+    f = config.federation
+    ks = [round(ratio * config.lora.r) for ratio in f.sketching_ratios]
+    return np.array([ks[i % len(ks)] for i in range(f.num_clients)])
+
+
+def make_client_optimizer(
+    config: ClientOptimizerConfig, num_rounds: int, local_steps: int
+) -> ClientOptimizer:
+    """The local optimiser, with its learning rate as a function of the step counted over the whole run."""
+    total, warmup = num_rounds * local_steps, config.warmup_rounds * local_steps
+    peak = config.learning_rate
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, max(total - warmup, 1)),
+        "cosine": optax.cosine_decay_schedule(peak, max(total - warmup, 1)),
+    }[config.schedule]
+    rate = optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
+    direction = {
+        "sgd": optax.trace(config.momentum) if config.momentum else optax.identity(),
+        "adamw": optax.scale_by_adam(config.b1, config.b2, config.eps),
+    }[config.name]
+    clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
+    decay = optax.add_decayed_weights(config.weight_decay) if config.weight_decay else optax.identity()
+    return ClientOptimizer(optax.chain(clip, direction, decay), rate)
+
+
+def make_mesh() -> Mesh | None:
+    """All devices of all processes in one axis of clients; none where there is only one."""
+    if jax.device_count() == 1:
+        return None
+    return jax.make_mesh((jax.device_count(),), (CLIENTS,), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def set_up(config: Config) -> Federation:
+    """Everything before the first round.
+
+    Raises:
+      UserError: a model, file, target or client does not fit the config.
+    """
+    task = load_task(config)
+    f, r = config.federation, config.lora.r
+    spec = Spec(
+        targets=select_targets(task.model.modules, config.lora.target_modules),
+        r=r,
+        scale=lora_scale(r, config.lora.lora_alpha, config.lora.use_rslora),
+        share_sketch=f.share_sketch,
+    )
+    mesh = make_mesh()
+    size = config.clients_per_round
+    cohorts = [sample_cohort(config.seed, t, f.num_clients, size) for t in range(f.num_rounds)]
+    lanes = (1 if mesh is None else mesh.size) * f.cohort_chunks
+    layout = plan_layout(task.population.ranks, cohorts, r=r, lanes=lanes, tiered=f.layout == "tiered")
+    steps = Steps(config.seed, f.local_steps, f.batch_size, config.row_length, config.data.packing)
+    return Federation(
+        task=task._replace(base=jax.device_put(task.base, shardings(mesh)[0])),
+        spec=spec,
+        method=METHODS[f.method](spec, config.server_optimizer.build()),
+        optimizer=make_client_optimizer(config.client_optimizer, f.num_rounds, f.local_steps),
+        steps=steps,
+        layout=layout,
+        cohorts=cohorts,
+        num_rows=plan_rows(task.population, steps, cohorts),
+        mesh=mesh,
+    )
+
+
+def initial_server(config: Config, federation: Federation) -> Server:
+    """Global weights before the first round."""
+    adapter_key, head_key = jax.random.split(device_key(config.seed, Purpose.INIT))
+    server = federation.method.init(adapter_key, federation.task.model.init_head(head_key))
+    return jax.device_put(server, shardings(federation.mesh)[0])

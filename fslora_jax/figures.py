@@ -1,0 +1,81 @@
+"""Figures of a run as PNG files; the same numbers give the same bytes."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+"""Eight colours that the colour-blind tell apart (Okabe and Ito 2008)."""
+
+
+def partition_figure(
+    counts: Int[np.ndarray, "clients labels"], label_names: Sequence[str], path: Path
+) -> None:
+    """Draw who holds what: a stacked bar per client, client 0 on top, a colour per label."""
+    num_clients, num_labels = counts.shape
+    left = np.cumsum(counts, axis=1) - counts
+    few = num_labels <= len(OKABE_ITO)
+    colours = OKABE_ITO[:num_labels] if few else colormaps["cividis"](np.linspace(0, 1, num_labels))
+    names = [name.replace("$", r"\$") for name in label_names]  # a bare dollar sign starts mathematics
+    columns = min(num_labels, max(1, 80 // (6 + max(map(len, names)))))
+    # Up to 75 clients the height follows their number; beyond, bars get thinner.
+    height = 1.2 + 0.16 * min(max(num_clients, 6), 75) + 0.2 * num_labels / columns
+    figure = Figure(figsize=(7, height), layout="constrained")
+    axes = figure.add_subplot()
+    for label, colour in enumerate(colours):
+        axes.barh(np.arange(num_clients), counts[:, label], left=left[:, label], color=colour, height=0.9)
+    axes.set(xlabel="examples", ylabel="client", ylim=(num_clients - 0.5, -0.5))
+    axes.margins(x=0.01)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=25, integer=True, min_n_ticks=1))
+    axes.spines[["top", "right"]].set_visible(False)
+    patches = [Patch(color=colour) for colour in colours]
+    figure.legend(patches, names, loc="outside upper center", ncols=columns, frameon=False)
+    _save(figure, path)
+
+
+def run_figures(records: Sequence[Mapping[str, float]], folder: Path) -> None:
+    """Draw ``accuracy.png``, ``loss.png`` and ``traffic.png`` of a run from its metrics."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = [r for r in records if "train/loss" in r]
+    evaluated = [r for r in records if "eval/accuracy" in r]
+
+    def column(rows: Sequence[Mapping[str, float]], name: str) -> list[float]:
+        return [row.get(name, 0.0) for row in rows]
+
+    figure, axes = _axes("rounds", "accuracy on held-out examples")
+    axes.plot(column(evaluated, "round"), column(evaluated, "eval/accuracy"), "o-", color=OKABE_ITO[0])
+    _save(figure, folder / "accuracy.png")
+
+    figure, axes = _axes("rounds", "cross-entropy")
+    axes.plot(column(trained, "round"), column(trained, "train/loss"), color=OKABE_ITO[1], label="clients' training")
+    axes.plot(column(evaluated, "round"), column(evaluated, "eval/loss"), "o-", color=OKABE_ITO[0], label="held-out")
+    axes.legend(frameon=False)
+    _save(figure, folder / "loss.png")
+
+    figure, axes = _axes("sent so far (MB, all clients)", "accuracy on held-out examples")
+    for way, colour in (("up", OKABE_ITO[2]), ("down", OKABE_ITO[3])):
+        sent = np.array(column(evaluated, f"traffic/{way}_bytes")) / 1e6
+        axes.plot(sent, column(evaluated, "eval/accuracy"), "o-", color=colour, label=way)
+    axes.legend(frameon=False)
+    _save(figure, folder / "traffic.png")
+
+
+def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel=x, ylabel=y)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """The same numbers give the same bytes: no version or date inside; whole or not there."""
+    fresh = path.with_name(f".{path.name}")
+    figure.savefig(fresh, dpi=150, format="png", metadata={"Software": None})
+    fresh.replace(path)

@@ -1,0 +1,9 @@
+"""Federated methods: one file a method, each a NamedTuple of pure functions, listed in one explicit dict."""
+
+from fslora_jax.methods.base import Client, Combined, Method, Payload, Server, Spec, whole
+from fslora_jax.methods.fedit import fedit
+from fslora_jax.methods.fslora import fslora
+
+METHODS = {"fedit": fedit, "fslora": fslora}
+
+__all__ = ["METHODS", "Client", "Combined", "Method", "Payload", "Server", "Spec", "fedit", "fslora", "whole"]

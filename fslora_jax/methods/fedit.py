@@ -1,0 +1,13 @@
+"""FedIT: FedAvg of the two LoRA factors (Zhang et al., arXiv 2305.05644)."""
+
+import optax
+
+from fslora_jax.methods.base import Method, Spec, fedavg_lora
+
+
+def fedit(spec: Spec, server_optimizer: optax.GradientTransformation) -> Method:
+    """Every client trains all r components, and the server averages A and B apart.
+
+    FSLoRA at ``k = r`` for all clients is this method.
+    """
+    return fedavg_lora(spec, server_optimizer)

@@ -1,0 +1,43 @@
+"""What every model of this package is: pure functions over a frozen base and what clients hold."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float, Key
+
+from fslora_jax.lora import Target
+from fslora_jax.types import Head
+
+
+class Naming(NamedTuple):
+    """Where a module sits in the Hugging Face class ``architecture``, as an export needs it.
+
+    ``layer_prefix`` has a field ``{layer}``; ``head_modules`` are PEFT's ``modules_to_save``.
+    """
+
+    layer_prefix: str
+    task_type: str
+    head_modules: tuple[str, ...]
+    architecture: str
+
+
+class Model(NamedTuple):
+    """A model as pure functions; the base is an argument, always (closed over, XLA folds it as a constant).
+
+    - ``apply(base, tiers, batch, dropout=None) -> logits (C, E, labels)`` in float32. ``tiers`` are
+      ``types.Local``, each stacked over its clients and in the order of the batch; all adapt the same
+      modules, and no module is the plain base. ``dropout`` holds one key per client while training, None in
+      evaluation.
+    - ``init_base(key)``: random base weights; ``jax.eval_shape`` of it is the abstract base.
+    - ``init_head(key)``: the head that training starts from.
+    - ``modules``: path inside a layer -> size of each linear module that an adapter may name.
+    - ``max_length``: the longest example, in tokens.
+    """
+
+    apply: Callable[..., Float[Array, "C E labels"]]
+    init_base: Callable[[Key[Array, ""]], dict[str, Any]]
+    init_head: Callable[[Key[Array, ""]], Head]
+    modules: dict[str, Target]
+    naming: Naming
+    vocab_size: int
+    max_length: int

@@ -1,0 +1,99 @@
+"""A run folder: config.yaml, metrics.jsonl, timings.jsonl, checkpoints/, adapter/, figures/, summary.json."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from fslora_jax.config import Config, dump_config, load_config
+from fslora_jax.errors import UserError
+
+CONFIG, SUMMARY = "config.yaml", "summary.json"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small text file whole or not at all."""
+    fresh = path.with_name(f".{path.name}.tmp")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)
+
+
+@contextmanager
+def open_run(run_dir: Path, config: Config) -> Iterator[None]:
+    """Holds a run folder for this process: a new one, or one of the same config to go on with.
+
+    Raises:
+      UserError: the folder is in use, holds something else, or a run of another config.
+    """
+    known = run_dir / CONFIG
+    if run_dir.exists() and not known.exists() and any(p.name[0] != "." for p in _entries(run_dir)):
+        raise UserError(
+            f"{run_dir}: not empty and no run folder (it has no {CONFIG}); choose another --run-dir"
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run_dir / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{run_dir}: another process is working in it; wait for it or choose another --run-dir"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{run_dir}: cannot be made or written: {error.strerror}; choose another --run-dir"
+        ) from None
+    with lock:
+        if known.exists():
+            _check_same(run_dir, config)
+        else:
+            write_atomically(known, dump_config(config))
+        yield
+
+
+def load_run_config(run_dir: Path) -> Config:
+    """The resolved config of a run folder."""
+    if not (run_dir / CONFIG).is_file():
+        raise UserError(
+            f"{run_dir}: no run folder, it has no {CONFIG}; expected the --run-dir of a `fslora train`"
+        )
+    return load_config(run_dir / CONFIG)
+
+
+def read_summary(run_dir: Path) -> dict[str, Any] | None:
+    """What a finished run found, or None while it is not finished."""
+    path = run_dir / SUMMARY
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
+    """Marks a run as finished; the last thing that a run writes."""
+    write_atomically(run_dir / SUMMARY, json.dumps(summary, indent=1) + "\n")
+
+
+def _entries(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file; expected a folder for --run-dir")
+    return list(folder.iterdir())
+
+
+def _check_same(run_dir: Path, config: Config) -> None:
+    old, new = (_flat(yaml.safe_load(dump_config(c))) for c in (load_config(run_dir / CONFIG), config))
+    different = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    if different:
+        name = different[0]
+        more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+        raise UserError(
+            f"{run_dir}: holds a run with {name} = {old.get(name)}, but this config has {new.get(name)}{more}; "
+            "choose another --run-dir, or the same config to resume"
+        )
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict) or not values:
+        return {prefix.rstrip("."): values}
+    return {k: v for name, value in values.items() for k, v in _flat(value, f"{prefix}{name}.").items()}

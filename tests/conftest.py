@@ -1,0 +1,79 @@
+"""Fixtures that several test modules share: tiny random checkpoints, made by transformers, and MiniLM's."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import pytest
+import torch
+import transformers
+
+from fslora_jax.errors import UserError
+from fslora_jax.hub import resolve_model
+from fslora_jax.models import Model, load_model
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 22,
+    "num_labels": 3,
+}
+
+# A new encoder family is a new row here: (model_type, pooling) -> its classes in transformers.
+ENCODERS = {
+    ("bert", "native"): (transformers.BertConfig, transformers.BertForSequenceClassification),
+    ("bert", "mean"): (transformers.BertConfig, transformers.BertForTokenClassification),
+    ("roberta", "native"): (transformers.RobertaConfig, transformers.RobertaForSequenceClassification),
+    ("roberta", "mean"): (transformers.RobertaConfig, transformers.RobertaForTokenClassification),
+}
+
+
+class Tiny(NamedTuple):
+    """One checkpoint, in both libraries; ``head`` is the checkpoint's, without a client axis."""
+
+    family: str
+    pooling: str
+    folder: Path
+    hf: Any
+    model: Model
+    base: dict[str, Any]
+    head: dict[str, Any]
+
+
+def torch_head(hf: Any) -> dict[str, dict[str, Any]]:
+    """The task head of a transformers model, as this package holds it."""
+    head: dict[str, dict[str, Any]] = {}
+    for name, value in hf.named_parameters():
+        if name.startswith("classifier"):
+            module, leaf = name.rsplit(".", 1)
+            new = {"weight": "kernel", "bias": "bias"}[leaf]
+            head.setdefault(module, {})[new] = jnp.asarray(value.detach().numpy().T)
+    return head
+
+
+@pytest.fixture(scope="session", params=ENCODERS, ids="-".join)
+def tiny(request, tmp_path_factory) -> Tiny:
+    family, pooling = request.param
+    config, architecture = ENCODERS[request.param]
+    torch.manual_seed(0)
+    hf = architecture(config(**SIZES)).eval()
+    with torch.no_grad():  # also the biases and norms, whose initial values would hide a missing one
+        for value in hf.parameters():
+            value.add_(0.2 * torch.randn_like(value))
+    folder = tmp_path_factory.mktemp(f"{family}-{pooling}")
+    hf.save_pretrained(folder)
+    model, base = load_model(folder, num_labels=SIZES["num_labels"], pooling=pooling)
+    return Tiny(family, pooling, folder, hf, model, base, torch_head(hf))
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2: ``$FSLORA_MINILM``, else wherever the package finds it."""
+    try:
+        return Path(os.environ.get("FSLORA_MINILM") or resolve_model("sentence-transformers/all-MiniLM-L6-v2"))
+    except UserError as error:
+        pytest.skip(f"MiniLM's weights are not to be had: {error}")

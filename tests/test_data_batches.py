@@ -1,0 +1,138 @@
+"""A batch gives each example back exactly; a window of a stream needs no history."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fslora_jax.data.batches import FILLER, eval_batches, fill, make_batch, rows_for, stream
+from fslora_jax.data.tokens import TokenStore
+from fslora_jax.errors import UserError
+from fslora_jax.types import Batch
+
+SEEDS = st.integers(0, 2**32 - 1)
+LENGTH = 12
+
+
+def random_store(seed: int, n: int = 30) -> tuple[TokenStore, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, LENGTH + 1, n)
+    total = lengths.sum()
+    tokens, types = rng.integers(0, 99, total).astype(np.int32), rng.integers(0, 2, total).astype(np.int8)
+    return TokenStore(tokens, np.append(0, np.cumsum(lengths)), types), rng.integers(1, 4, n)
+
+
+def check_batch(batch: Batch, store: TokenStore, labels: np.ndarray, examples: np.ndarray) -> None:
+    """One batch, without leading axes: each example lies whole and in order in one row, and nothing else does."""
+    for e, example in enumerate(examples):
+        row, column = np.nonzero(batch.segments == e + 1)
+        where = slice(store.offsets[example], store.offsets[example + 1])
+        real = example != FILLER
+        length = store.lengths[example] if real else 0
+        assert len(set(row)) == real
+        assert column.tolist() == list(range(column[0], column[0] + length)) if real else not len(column)
+        assert batch.positions[row, column].tolist() == list(range(length))
+        if real:
+            assert (batch.tokens[row, column] == store.tokens[where]).all()
+            assert (batch.types[row, column] == store.types[where]).all()
+        assert batch.labels[e] == (labels[example] if real else 0)
+        assert batch.weights[e] == real
+    padding = np.asarray(batch.segments) == 0
+    assert padding.sum() == padding.size - store.lengths[examples[examples != FILLER]].sum()
+    for cells in (batch.tokens, batch.positions, batch.types):
+        assert not np.asarray(cells)[padding].any()
+
+
+@given(seed=SEEDS, pack=st.booleans(), slack=st.integers(0, 2))
+def test_a_batch_gives_each_example_back(seed, pack, slack):
+    store, labels = random_store(seed)
+    examples = np.random.default_rng(seed).integers(FILLER, 30, (2, 3, 7))
+    num_rows = rows_for(store, examples, LENGTH, pack) + slack
+    batch = make_batch(store, labels, examples, num_rows, LENGTH, pack)
+    assert batch.tokens.shape == (2, 3, num_rows, LENGTH)
+    assert [a.dtype for a in batch] == [np.int32] * 5 + [np.float32]
+    for index in np.ndindex(2, 3):
+        check_batch(Batch._make(part[index] for part in batch), store, labels, examples[index])
+
+
+def test_without_packing_an_example_has_its_own_row():
+    store, labels = random_store(0)
+    batch = make_batch(store, labels, np.arange(5), 5, LENGTH, False)
+    segments = np.asarray(batch.segments)
+    assert segments[:, 0].tolist() == [1, 2, 3, 4, 5]
+    assert ((segments > 0).sum(1) == store.lengths[:5]).all()
+
+
+@given(SEEDS)
+def test_packing_takes_no_more_rows(seed):
+    store, _ = random_store(seed)
+    examples = np.random.default_rng(seed).integers(0, 30, (4, 6))
+    assert rows_for(store, examples, LENGTH, True) <= rows_for(store, examples, LENGTH, False) == 6
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_an_example_longer_than_a_row(pack):
+    store = TokenStore(np.ones(9, np.int32), np.array([0, 3, 9]), np.zeros(9, np.int8))
+    with pytest.raises(UserError, match="row_length is 5, but an example has 6 tokens"):
+        make_batch(store, np.zeros(2, int), np.array([0, 1]), 2, 5, pack)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_too_few_rows(pack):
+    store = TokenStore(np.ones(9, np.int32), np.array([0, 3, 9]), np.zeros(9, np.int8))
+    with pytest.raises(UserError, match="num_rows is 1, but a batch takes 2 rows"):
+        make_batch(store, np.zeros(2, int), np.array([0, 1]), 1, 8, pack)
+
+
+@given(SEEDS, st.integers(1, 30), st.integers(1, 9), st.booleans())
+def test_evaluation_sees_every_example_once(seed, n, batch_examples, pack):
+    store, labels = random_store(seed)
+    examples = np.random.default_rng(seed).permutation(30)[:n]
+    unique = np.arange(100, 130)  # labels that tell the examples apart
+    batches = list(eval_batches(store, unique, examples, batch_examples, LENGTH, pack))
+    assert len({tuple(a.shape for a in batch) for batch in batches}) == 1
+    assert len(batches) == -(-n // batch_examples)
+    seen = np.concatenate([np.asarray(b.labels)[np.asarray(b.weights) > 0] for b in batches])
+    assert sorted(seen.tolist()) == sorted((100 + examples).tolist())
+    for batch in batches:
+        chosen = np.where(np.asarray(batch.weights) > 0, np.asarray(batch.labels) - 100, FILLER)
+        check_batch(batch, store, unique, chosen)
+
+
+def test_evaluation_of_nothing_has_no_batches():
+    store, labels = random_store(0)
+    assert list(eval_batches(store, labels, np.zeros(0, int), 4, LENGTH, True)) == []
+
+
+def test_dealing_fills_the_rows():
+    lengths = np.sort(np.random.default_rng(0).integers(3, 60, 640))
+    total = lengths.sum()
+    store = TokenStore(np.ones(total, np.int32), np.append(0, np.cumsum(lengths)), np.zeros(total, np.int8))
+    batches = list(eval_batches(store, np.zeros(640, int), np.arange(640), 64, 128, True))
+    assert min(map(fill, batches)) > 0.9
+
+
+def test_fill_counts_real_tokens():
+    store = TokenStore(np.zeros(6, np.int32), np.array([0, 2, 6]), np.zeros(6, np.int8))
+    assert fill(make_batch(store, np.zeros(2, int), np.array([0, 1]), 2, 6, False)) == 0.5
+    assert fill(make_batch(store, np.zeros(2, int), np.array([0, 1]), 1, 6, True)) == 1.0
+
+
+@given(SEEDS, st.integers(0, 50), st.integers(1, 9), st.integers(0, 40), st.integers(0, 30))
+def test_a_window_is_a_part_of_one_long_stream(seed, client, n, start, count):
+    examples = np.random.default_rng(seed).permutation(100)[:n]
+    whole = stream(examples, seed, client, 0, 80)
+    assert stream(examples, seed, client, start, count).tolist() == whole[start : start + count].tolist()
+    for i in range(80 // n):
+        assert sorted(whole[i * n : (i + 1) * n].tolist()) == sorted(examples.tolist())
+
+
+def test_streams_differ_by_pass_client_and_seed():
+    examples = np.arange(50)
+    streams = [stream(examples, *path, 50) for path in ((0, 0, 0), (0, 0, 50), (0, 1, 0), (1, 0, 0))]
+    assert len({tuple(s.tolist()) for s in streams}) == 4
+
+
+def test_a_client_without_data_has_no_stream():
+    with pytest.raises(UserError, match="client 3 has no data"):
+        stream(np.zeros(0, int), 0, 3, 0, 4)

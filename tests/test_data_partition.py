@@ -1,0 +1,103 @@
+"""Every example goes to exactly one client, whatever the numbers."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fslora_jax.data.partition import PARTITIONS, check_partition, dirichlet, iid, label_counts
+from fslora_jax.errors import UserError
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def check_cover(partition, num_clients, n):
+    assert len(partition) == num_clients
+    assert sorted(np.concatenate(partition).tolist()) == list(range(n))
+    assert all((np.diff(share) > 0).all() for share in partition)
+
+
+@given(seed=SEEDS, n=st.integers(1, 60), data=st.data())
+def test_iid_covers_evenly(seed, n, data):
+    num_clients = data.draw(st.integers(1, n))
+    partition = iid(np.zeros(n, np.int32), num_clients, np.random.default_rng(seed))
+    check_cover(partition, num_clients, n)
+    assert max(map(len, partition)) - min(map(len, partition)) <= 1
+
+
+@given(
+    seed=SEEDS,
+    labels=st.lists(st.integers(0, 4), min_size=1, max_size=60),
+    alpha=st.floats(1e-4, 1e6),
+    min_examples=st.integers(0, 5),
+    data=st.data(),
+)
+def test_dirichlet_covers_and_keeps_the_floor(seed, labels, alpha, min_examples, data):
+    num_clients = data.draw(st.integers(1, max(1, len(labels) // max(1, min_examples))))
+    floor = min(min_examples, len(labels) // num_clients)
+    partition = dirichlet(np.array(labels), num_clients, alpha, np.random.default_rng(seed), floor)
+    check_cover(partition, num_clients, len(labels))
+    assert min(map(len, partition)) >= floor
+
+
+def test_alpha_is_the_skew():
+    labels = np.repeat(np.arange(4), 1000)
+
+    def skew(alpha: float) -> float:
+        counts = label_counts(labels, dirichlet(labels, 10, alpha, np.random.default_rng(0), 0), 4)
+        return float(np.square(counts / 1000).sum(1).sum() / 4)
+
+    # E sum_c p_c^2 = (1 + alpha) / (1 + num_clients * alpha) for p ~ Dirichlet(alpha), averaged over four labels.
+    assert skew(0.01) > 0.6
+    assert skew(1e6) == pytest.approx(0.1, abs=2e-3)
+
+
+def test_the_mean_squared_share_is_that_of_a_dirichlet():
+    labels = np.repeat(np.arange(200), 100)
+    counts = label_counts(labels, dirichlet(labels, 5, 0.5, np.random.default_rng(0), 0), 200)
+    assert np.square(counts / 100).sum(0).mean() == pytest.approx(1.5 / 3.5, abs=0.03)
+    assert counts.sum(1) / 20_000 == pytest.approx(np.full(5, 0.2), abs=0.04)
+
+
+@pytest.mark.parametrize("name", PARTITIONS)
+def test_a_partition_is_a_function_of_its_generator(name):
+    labels = np.arange(90) % 3
+    options = {"alpha": 0.5} if name == "dirichlet" else {}
+    first, again, other = (
+        PARTITIONS[name](labels=labels, num_clients=5, rng=np.random.default_rng(seed), **options)
+        for seed in (0, 0, 1)
+    )
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    assert any(a.tolist() != b.tolist() for a, b in zip(first, other, strict=True))
+
+
+@given(SEEDS)
+def test_label_counts_agree_with_a_loop(seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, 20)
+    partition = iid(labels, 4, rng)
+    counts = label_counts(labels, partition, 5)
+    assert counts.tolist() == [[sum(labels[share] == label) for label in range(5)] for share in partition]
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, 1e300, float("nan")])
+def test_a_bad_alpha(alpha):
+    with pytest.raises(UserError, match=f"alpha is {alpha}; expected above 0"):
+        dirichlet(np.arange(4) % 2, 2, alpha, np.random.default_rng(0))
+
+
+def test_too_few_examples():
+    labels = np.arange(9) % 2
+    rng = np.random.default_rng(0)
+    with pytest.raises(UserError, match="num_clients 5 with min_examples 2 needs 10 examples, but .* has 9"):
+        dirichlet(labels, 5, 0.1, rng, 2)
+    with pytest.raises(UserError, match="num_clients 10 with min_examples 1 needs 10 examples"):
+        iid(labels, 10, rng)
+    with pytest.raises(UserError, match="num_clients 0, min_examples 1: expected at least 1"):
+        iid(labels, 0, rng)
+
+
+def test_a_client_without_data_is_named():
+    check_partition([np.array([0]), np.array([1])])
+    with pytest.raises(UserError, match=r"client 1 has no data \(2 of 3 clients\)"):
+        check_partition([np.array([0, 1]), np.array([], int), np.array([], int)])
