@@ -18,7 +18,8 @@ from fslora_jax.config import Config, DataConfig, ModelConfig, load_config, make
 from fslora_jax.display import TerminalDisplay, print_summary
 from fslora_jax.errors import UserError
 from fslora_jax.federation.loop import run
-from fslora_jax.federation.results import export_client, export_round
+from fslora_jax.federation.results import evaluate_adapter, evaluate_run, export_client, export_round
+from fslora_jax.rundir import CONFIG
 
 USAGE = """\
 usage: fslora COMMAND ...
@@ -93,23 +94,43 @@ def train_command(argv: Sequence[str]) -> None:
 
 @dataclasses.dataclass
 class Evaluate:
-    """Evaluate the global adapter of a run, or a PEFT adapter folder; prints one JSON object."""
+    """Evaluate the newest global adapter of a run, or a PEFT adapter folder; prints one JSON object."""
 
     folder: tyro.conf.Positional[Path]
     """Run folder, or folder with adapter_config.json."""
     data: str | None = None
     """File or data set with labelled texts; by default the held-out examples of the run."""
+    split: str = "test"
+    """Split of a hub data set."""
     text_columns: tuple[str, ...] = ("text",)
-    """Columns of `data` with the text."""
+    """Columns of the data with the text."""
     label_column: str = "label"
-    """Column of `data` with the label."""
+    """Column of the data with the label."""
     max_length: int = 128
-    """Truncation of the texts of `data` for an adapter folder; a run knows its own."""
+    """Longer texts of the data are truncated to this many tokens."""
 
 
 def eval_command(argv: Sequence[str]) -> None:
     """Evaluates and prints."""
     args = parse(Evaluate, "fslora eval", Evaluate.__doc__ or "", argv)
+    is_run = (args.folder / CONFIG).is_file()
+    data = None
+    if args.data is not None:
+        data = DataConfig(
+            name=args.data,
+            split=args.split,
+            text_columns=args.text_columns,
+            label_column=args.label_column,
+            max_length=args.max_length,
+        )
+    if is_run:
+        metrics = evaluate_run(args.folder, data)
+    elif data is not None:
+        metrics = evaluate_adapter(args.folder, data)
+    else:
+        raise UserError(
+            f"{args.folder}: no run folder; for an adapter folder say --data FILE_OR_NAME as well"
+        )
     print(json.dumps(metrics))
 
 

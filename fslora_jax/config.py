@@ -1,4 +1,4 @@
-"""The typed configuration of a run: read from YAML, overridden on the command line, written resolved beside the results."""
+"""The typed configuration of a run: read from YAML, overridden on the command line, saved with the results."""
 
 import difflib
 from pathlib import Path
@@ -256,7 +256,7 @@ def one_line(error: ValidationError) -> str:
     elif first["type"] == "missing":
         text = f"{field}: missing; add it to the config"
     elif first["type"] == "value_error":
-        text = f"{field + '.' if field else ''}{first['ctx']['error']}"
+        text = f"{field + '.' if field else ''}{first.get('ctx', {})['error']}"
     else:
         text = f"{field}: found {first['input']!r}; {first['msg'][0].lower() + first['msg'][1:]}"
     return text + (f" (and {len(rest)} more)" if rest else "")

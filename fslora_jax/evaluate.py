@@ -1,11 +1,10 @@
 """Evaluation of the global adapter with mergeable metrics."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
@@ -60,10 +59,3 @@ def make_evaluation(apply: Apply, spec: Spec) -> Callable[[PyTree, Trainable, Ba
         return jax.lax.scan(one, Sums.zero(), batches)[0]
 
     return evaluation
-
-
-def stack_batches(batches: Iterable[Batch]) -> Batch:
-    """Equally shaped batches on a new leading axis."""
-    import numpy as np
-
-    return Batch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))

@@ -54,8 +54,12 @@ def run_figures(records: Sequence[Mapping[str, float]], folder: Path) -> None:
     _save(figure, folder / "accuracy.png")
 
     figure, axes = _axes("rounds", "cross-entropy")
-    axes.plot(column(trained, "round"), column(trained, "train/loss"), color=OKABE_ITO[1], label="clients' training")
-    axes.plot(column(evaluated, "round"), column(evaluated, "eval/loss"), "o-", color=OKABE_ITO[0], label="held-out")
+    axes.plot(
+        column(trained, "round"), column(trained, "train/loss"), color=OKABE_ITO[1], label="clients' training"
+    )
+    axes.plot(
+        column(evaluated, "round"), column(evaluated, "eval/loss"), "o-", color=OKABE_ITO[0], label="held-out"
+    )
     axes.legend(frameon=False)
     _save(figure, folder / "loss.png")
 

@@ -53,20 +53,18 @@ def read_adapter(folder: Path) -> tuple[Adapter, Head, AdapterConfig]:
     path = folder / WEIGHTS
     tensors, metadata = _read_tensors(path)
     factors: dict[tuple[str, str], dict[int, np.ndarray]] = {}
-    prefixes: set[str] = set()
+    prefixes, saved = set(), config["modules_to_save"] or ()
     head: dict[str, dict[str, Any]] = {}
     for key, value in tensors.items():
         if match := LORA_KEY.fullmatch(key):
             prefix, layer, module, factor = match.groups()
             prefixes.add(prefix + "{layer}.")
             factors.setdefault((module, factor), {})[int(layer)] = value if factor == "A" else value.T
-        elif (match := HEAD_KEY.fullmatch(key)) and match[1].split(".")[0] in (
-            config["modules_to_save"] or ()
-        ):
+        elif (match := HEAD_KEY.fullmatch(key)) and match[1].split(".")[0] in saved:
             head.setdefault(match[1], {})[FLAX_LEAVES[match[2]]] = value.T
         else:
             raise UserError(
-                f"{path}: unknown tensor {key!r}; expected factors lora_A, lora_B and modules_to_save"
+                f"{path}: unknown tensor {key!r}; expected lora_A, lora_B, or one of {list(saved)}"
             )
     if len(prefixes) != 1:
         raise UserError(f"{path}: found layers under {sorted(prefixes)}; expected one stack of layers")

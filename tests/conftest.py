@@ -74,6 +74,8 @@ def tiny(request, tmp_path_factory) -> Tiny:
 def minilm() -> Path:
     """The folder of all-MiniLM-L6-v2: ``$FSLORA_MINILM``, else wherever the package finds it."""
     try:
-        return Path(os.environ.get("FSLORA_MINILM") or resolve_model("sentence-transformers/all-MiniLM-L6-v2"))
+        return Path(
+            os.environ.get("FSLORA_MINILM") or resolve_model("sentence-transformers/all-MiniLM-L6-v2")
+        )
     except UserError as error:
         pytest.skip(f"MiniLM's weights are not to be had: {error}")

@@ -61,8 +61,7 @@ def test_batches_are_packed_independently(seed):
     assert rows_needed(lengths, 20) == max(rows_needed(lengths[index], 20) for index in np.ndindex(3, 2))
 
 
-def test_no_examples_need_no_rows():
-    assert rows_needed(np.zeros(0, int), 8) == 0
+def test_no_batches_need_no_rows():
     assert rows_needed(np.zeros((0, 4), int), 8) == 0
 
 

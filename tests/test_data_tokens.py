@@ -86,18 +86,14 @@ def test_encoding_leaves_the_tokenizer_as_it_was():
 
 
 def test_the_wrong_tokenizer():
-    with pytest.raises(
-        UserError, match="wrong tokenizer: it gives token 11, but the model's vocab_size is 11"
-    ):
+    with pytest.raises(UserError, match="it gives token 11, but the model's vocab_size is 11"):
         encode(build(), (FIRST,), 16, 11)
 
 
 @pytest.mark.parametrize(("texts", "least"), [((FIRST,), 3), ((FIRST, SECOND), 4)])
 def test_no_room_beside_the_special_tokens(texts, least):
     encode(build(), texts, least, len(WORDS))
-    with pytest.raises(
-        UserError, match=f"max_length is {least - 1}, but special tokens alone take {least - 1}"
-    ):
+    with pytest.raises(UserError, match=f"max_length is {least - 1}, but special tokens"):
         encode(build(), texts, least - 1, len(WORDS))
 
 

@@ -274,6 +274,10 @@ QUERY = "base_model.model.bert.encoder.layer.1.attention.self.query."
             "expected one shape of rank 8",
         ),
         (
+            lambda t: {k: v[:-1] if "lora_A" in k else v for k, v in t.items()},
+            "expected one shape of rank 8",
+        ),
+        (
             lambda t: t | {QUERY + "lora_B.weight": np.ones((17, R), np.float32)},
             "expected one shape of rank 8",
         ),

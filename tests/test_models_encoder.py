@@ -1,6 +1,7 @@
 """Encoders against transformers, torch and PEFT; what packing, tiers and dropout may and may not change."""
 
 import copy
+import functools
 import re
 
 import jax
@@ -65,21 +66,24 @@ def make_tier(model, head, clients, k, seed=0, modules=None):
     return Local(Trainable(adapter, heads), scale, scale, {})
 
 
-def losses(model, base, tiers, batch, dropout=None):
-    """Mean cross-entropy of each client over its real examples."""
-    logp = jax.nn.log_softmax(model.apply(base, tiers, batch, dropout))
-    picked = jnp.take_along_axis(logp, batch.labels[..., None], axis=-1)[..., 0]
-    return -(picked * batch.weights).sum(-1) / batch.weights.sum(-1)
+def loss_and_logits(weights, apply, base, tiers, batch, dropout):
+    """The sum over clients of their mean cross-entropy over real examples."""
+    tiers = [tier._replace(weights=w) for tier, w in zip(tiers, weights, strict=True)]
+    logits = apply(base, tiers, batch, dropout)
+    logp = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.labels[..., None], axis=-1)[..., 0]
+    return -((logp * batch.weights).sum(-1) / batch.weights.sum(-1)).sum(), logits
+
+
+grad = jax.jit(jax.grad(loss_and_logits, has_aux=True), static_argnames="apply")
 
 
 def gradients(model, base, tiers, batch, dropout=None):
-    """Gradients of all that clients train, by tier."""
+    """Gradients of all that clients train, by tier, and the logits."""
+    return grad([tier.weights for tier in tiers], model.apply, base, tiers, batch, dropout)
 
-    def total(weights):
-        changed = [tier._replace(weights=w) for tier, w in zip(tiers, weights, strict=True)]
-        return losses(model, base, changed, batch, dropout).sum()
 
-    return jax.jit(jax.grad(total))([tier.weights for tier in tiers])
+def logits_of(model, base, tiers, batch, dropout=None):
+    return jax.jit(model.apply)(base, tiers, batch, dropout)
 
 
 def assert_close(got, want, tolerance):
@@ -107,7 +111,7 @@ def plain(tiny):
 
 
 def test_logits_equal_transformers(tiny):
-    logits = jax.jit(tiny.model.apply)(tiny.base, [plain(tiny)], make_batch(tiny.family, *PADDED))
+    logits = logits_of(tiny.model, tiny.base, [plain(tiny)], make_batch(tiny.family, *PADDED))
     with torch.no_grad():
         expected = torch_logits(tiny, tiny.hf).numpy()
     assert np.abs(expected).max() > 0.5
@@ -115,7 +119,9 @@ def test_logits_equal_transformers(tiny):
     np.testing.assert_allclose(logits[0], expected, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft calls transformers' alias
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated"
+)  # peft calls transformers' alias
 def test_lora_gradients_equal_torch_and_peft(tiny):
     k, alpha = 4, 6.0
     tier = make_tier(tiny.model, tiny.head, clients=1, k=k)
@@ -143,7 +149,7 @@ def test_lora_gradients_equal_torch_and_peft(tiny):
             b.data = torch.tensor(np.asarray(pair.b[0, layer].T))
     torch.nn.functional.cross_entropy(torch_logits(tiny, wrapped), torch.tensor(LABELS)).backward()
 
-    got = gradients(tiny.model, tiny.base, [tier], make_batch(tiny.family, *PACKED))[0]
+    (got,), _ = gradients(tiny.model, tiny.base, [tier], make_batch(tiny.family, *PACKED))
     for path, pair in got.adapter.items():
         for layer in range(pair.a.shape[1]):
             a, b = (leaf.grad.numpy() for leaf in factors(path, layer))
@@ -157,36 +163,34 @@ def test_lora_gradients_equal_torch_and_peft(tiny):
 
 def test_packing_changes_neither_logits_nor_gradients(tiny):
     tier = make_tier(tiny.model, tiny.head, clients=1, k=3)
-    padded, packed = (make_batch(tiny.family, *layout, examples=7) for layout in (PADDED, PACKED))
-    logits = [tiny.model.apply(tiny.base, [tier], batch) for batch in (padded, packed)]
-    assert np.isfinite(logits[1]).all()  # two of the seven are fillers without a token
-    assert_close(logits[1], logits[0], 1e-5)
-    grads = [gradients(tiny.model, tiny.base, [tier], batch) for batch in (padded, packed)]
-    assert_close(grads[1], grads[0], 1e-5)
-    for e, length in enumerate(LENGTHS):
-        alone = tiny.model.apply(tiny.base, [tier], make_batch(tiny.family, [[e]], length))
-        assert_close(logits[1][:, e], alone[:, e], 1e-5)
+    padded, packed = (
+        gradients(tiny.model, tiny.base, [tier], make_batch(tiny.family, *layout, examples=7))
+        for layout in (PADDED, PACKED)
+    )
+    assert np.isfinite(packed[1]).all()  # two of the seven are fillers without a token
+    assert_close(packed, padded, 1e-5)
+    alone = logits_of(tiny.model, tiny.base, [tier], make_batch(tiny.family, [[0]], LENGTHS[0]))
+    assert_close(packed[1][:, 0], alone[:, 0], 1e-5)
 
 
 @settings(max_examples=15, deadline=None)
-@given(order=st.permutations(range(len(LENGTHS))), gap=st.integers(0, 3))
-def test_order_of_rows_and_examples_is_free(order, gap):
-    model = build_model(CONFIG, num_labels=3, pooling="native")
-    base, tier = random_base(model)
-    rows, free = [[]], 12
+@given(order=st.permutations(range(len(LENGTHS))), room=st.integers(10, 16))
+def test_order_of_rows_and_examples_is_free(order, room):
+    model, base, tier = bert()
+    rows, free = [[]], room
     for e in order:
-        if LENGTHS[e] + gap > free:
-            rows, free = [*rows, []], 12
+        if LENGTHS[e] > free:
+            rows, free = [*rows, []], room
         rows[-1].append(e)
         free -= LENGTHS[e]
-    reference = model.apply(base, [tier], make_batch("bert", *PADDED))
-    assert_close(model.apply(base, [tier], make_batch("bert", rows, 12)), reference, 1e-5)
+    rows += [[]] * (5 - len(rows))
+    reference, logits = (logits_of(model, base, [tier], make_batch("bert", r, 16)) for r in (PADDED[0], rows))
+    assert_close(logits, reference, 1e-5)
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.3])
-def test_tiers_of_different_rank_equal_each_client_alone(tiny, rate):
+def test_tiers_of_different_rank_equal_each_client_alone(tiny):
     config = tiny.hf.config.to_dict()
-    model = build_model(config, num_labels=3, pooling=tiny.pooling, lora_dropout=rate)
+    model = build_model(config, num_labels=3, pooling=tiny.pooling, lora_dropout=0.3)
     modules = ["attention.self.query", "attention.self.value", "output.dense"]
     tiers = [
         make_tier(model, tiny.head, 2, k=2, seed=1, modules=modules),
@@ -195,19 +199,14 @@ def test_tiers_of_different_rank_equal_each_client_alone(tiny, rate):
     batches = [make_batch(tiny.family, *PACKED), make_batch(tiny.family, [[1, 2], [4], [0, 3]], 12)]
     batch = jax.tree.map(lambda a, b: jnp.concatenate([a, b, a]), *batches)
     keys = jax.random.split(jax.random.key(0), 3)
-    together = gradients(model, tiny.base, tiers, batch, keys)
-    logits = model.apply(tiny.base, tiers, batch, keys)
+    together, logits = gradients(model, tiny.base, tiers, batch, keys)
     for client, (tier, place) in enumerate([(0, 0), (0, 1), (1, 0)]):
-
-        def mine(leaf, place=place):
-            return leaf[place : place + 1]
-
-        own = jax.tree.map(mine, tiers[tier])
-        one = jax.tree.map(lambda leaf, c=client: leaf[c : c + 1], batch)
-        alone = model.apply(tiny.base, [own], one, keys[client : client + 1])
-        assert_close(logits[client : client + 1], alone, 1e-5)
-        grads = gradients(model, tiny.base, [own], one, keys[client : client + 1])
-        assert_close(jax.tree.map(mine, together[tier]), grads[0], 1e-5)
+        own = jax.tree.map(lambda leaf, p=place: leaf[p : p + 1], tiers[tier])
+        mine = jax.tree.map(lambda leaf, p=place: leaf[p : p + 1], together[tier])
+        one = jax.tree.map(lambda leaf, c=client: leaf[c : c + 1], (batch, keys))
+        (alone,), logits_alone = gradients(model, tiny.base, [own], *one)
+        assert_close(logits[client : client + 1], logits_alone, 1e-5)
+        assert_close(mine, alone, 1e-5)
 
 
 def test_bfloat16_is_near_float32(tiny):
@@ -215,10 +214,10 @@ def test_bfloat16_is_near_float32(tiny):
     assert {leaf.dtype for leaf in jax.tree.leaves(base)} == {jnp.dtype("bfloat16")}
     tier = make_tier(model, tiny.head, clients=1, k=2)
     batch = make_batch(tiny.family, *PACKED)
-    half, full = model.apply(base, [tier], batch), tiny.model.apply(tiny.base, [tier], batch)
-    assert half.dtype == jnp.float32
+    grads, half = gradients(model, base, [tier], batch)
+    full = logits_of(tiny.model, tiny.base, [tier], batch)
+    assert {leaf.dtype for leaf in jax.tree.leaves((grads, half))} == {jnp.dtype("float32")}
     assert 0 < np.linalg.norm(half - full) / np.linalg.norm(full) < 2e-2
-    assert {leaf.dtype for leaf in jax.tree.leaves(gradients(model, base, [tier], batch))} == {jnp.float32}
 
 
 CONFIG = {
@@ -236,22 +235,25 @@ CONFIG = {
 }
 
 
-def random_base(model, clients=1):
-    base = model.init_base(jax.random.key(0))
-    return base, make_tier(model, model.init_head(jax.random.key(1)), clients, k=3)
+@functools.cache
+def bert(clients=1, lora_dropout=0.0):
+    """A model with random weights and an adapter on everything."""
+    model = build_model(CONFIG, num_labels=3, pooling="mean", lora_dropout=lora_dropout)
+    head = model.init_head(jax.random.key(1))
+    return model, jax.jit(model.init_base)(jax.random.key(0)), make_tier(model, head, clients, k=3)
 
 
 def test_dropout_is_on_the_adapters_input_only():
-    model = build_model(CONFIG, num_labels=2, pooling="mean", lora_dropout=0.5)
-    base, tier = random_base(model, clients=2)
+    model, base, tier = bert(clients=2, lora_dropout=0.5)
     batch, keys = make_batch("bert", *PACKED, clients=2), jax.random.split(jax.random.key(0), 2)
     bare = tier._replace(weights=tier.weights._replace(adapter={}))
-    assert_close(model.apply(base, [bare], batch, keys), model.apply(base, [bare], batch), 0)
-    off, on, again = (model.apply(base, [tier], batch, k) for k in (None, keys, keys))
-    assert np.abs(on - off).max() > 1e-3
+    assert_close(*(logits_of(model, base, [bare], batch, k) for k in (keys, None)), 0)
+    off, on, again, swapped = (
+        logits_of(model, base, [tier], batch, k) for k in (None, keys, keys, keys[::-1])
+    )
     assert_close(again, on, 0)
-    swapped = model.apply(base, [tier], batch, keys[::-1])
-    assert np.abs(swapped - on).max() > 1e-3
+    assert np.abs(on - off).max() > 1e-3
+    assert np.abs(on - swapped).max() > 1e-3
 
 
 def test_each_module_draws_its_own_mask():
@@ -282,14 +284,10 @@ def test_activations_equal_transformers(act):
 
 def test_frozen_products_merge_clients_and_base_has_no_gradient():
     clients = 5
-    model = build_model(CONFIG, num_labels=2, pooling="mean")
-    base, tier = random_base(model, clients)
+    model, base, tier = bert(clients)
     batch = make_batch("bert", *PACKED, clients=clients)
-
-    def grads(base, weights):
-        return jax.grad(lambda w: losses(model, base, [tier._replace(weights=w)], batch).sum())(weights)
-
-    text = jax.jit(grads).lower(base, tier.weights).compile().as_text()
+    args = ([tier.weights], model.apply, base, [tier], batch, None)
+    text = grad.lower(*args).compile().as_text()
     rows = clients * batch.tokens[0].size
     # Six products forward and six backward, none repeated by the rematerialisation, each over all clients.
     wide = re.findall(rf"= f32\[{rows},(?:16|24)\]\S* dot\(", text)
@@ -300,11 +298,12 @@ def test_frozen_products_merge_clients_and_base_has_no_gradient():
 
 def test_abstract_and_random_base_agree_with_a_loaded_one(tiny):
     abstract = jax.eval_shape(tiny.model.init_base, jax.random.key(0))
-    for other in (tiny.base, tiny.model.init_base(jax.random.key(0))):
+    random = jax.jit(tiny.model.init_base)(jax.random.key(0))
+    for other in (tiny.base, random):
         assert jax.tree.map(lambda x: (x.shape, x.dtype), other) == jax.tree.map(
             lambda x: (x.shape, x.dtype), abstract
         )
-    query = tiny.model.init_base(jax.random.key(0))["layers"]["linear"]["attention.self.query"]["kernel"]
+    query = random["layers"]["linear"]["attention.self.query"]["kernel"]
     assert not jnp.array_equal(query[0], query[1])
     np.testing.assert_allclose(query.std(), 0.02, rtol=0.1)
 
@@ -330,8 +329,7 @@ def test_roberta_base_head_has_the_papers_size():
 
 
 def test_unknown_or_unequal_modules_are_refused():
-    model = build_model(CONFIG, num_labels=2, pooling="mean")
-    base, tier = random_base(model)
+    model, base, tier = bert()
     adapter = tier.weights.adapter
     unknown = tier._replace(weights=tier.weights._replace(adapter={"query": adapter["output.dense"]}))
     fewer = tier._replace(weights=tier.weights._replace(adapter={"output.dense": adapter["output.dense"]}))
@@ -345,7 +343,7 @@ def test_minilm_equals_transformers(minilm):
     model, base = load_model(minilm, num_labels=384, pooling="mean")
     identity = {"classifier": {"kernel": jnp.eye(384), "bias": jnp.zeros(384)}}
     tier = make_tier(model, identity, clients=1, k=1, modules=[])
-    pooled = jax.jit(model.apply)(base, [tier], make_batch("bert", *PACKED))[0]
+    pooled = logits_of(model, base, [tier], make_batch("bert", *PACKED))[0]
     for e, tokens in enumerate(TOKENS):
         ids, types = torch.tensor(tokens)[None], torch.tensor(types_of("bert", LENGTHS[e]))[None]
         with torch.no_grad():

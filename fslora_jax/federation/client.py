@@ -1,6 +1,7 @@
 """One client alone: what it holds after its local steps of the coming round."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fslora_jax.config import Config
@@ -35,7 +36,7 @@ def train_client(config: Config, federation: Federation, server: Server, client:
         return jax.random.fold_in(jax.random.fold_in(device_key(config.seed, purpose), round), client)
 
     given = federation.method.download(
-        key(Purpose.SKETCH), server, Client(np.int32(client), np.int32(k), np.float32(1)), k
+        key(Purpose.SKETCH), server, Client(jnp.int32(client), jnp.int32(k), jnp.float32(1)), k
     )
     after, _ = jax.jit(train, static_argnums=(0, 1))(
         federation.task.model.apply,

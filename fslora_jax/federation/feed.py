@@ -71,11 +71,9 @@ def make_cohort(
     lanes = place(ids, population.ranks, layout)
     taken = lanes != EMPTY
     shares = np.where(taken, population.shares[lanes], 0.0)
-    clients = Client(
-        id=lanes.astype(np.int32),
-        k=np.where(taken, population.ranks[lanes], 1).astype(np.int32),
-        weight=(shares / shares.sum()).astype(np.float32),
-    )
+    ranks = np.where(taken, population.ranks[lanes], 1)
+    weights = shares / shares.sum()
+    clients = Client._make((lanes.astype(np.int32), ranks.astype(np.int32), weights.astype(np.float32)))
     by_device = jax.tree.map(lambda x: x.reshape(layout.lanes // chunks, chunks, -1), clients)
     if mesh is not None:
         here = [d.process_index == jax.process_index() for d in mesh.devices.flat]

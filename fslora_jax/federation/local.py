@@ -22,7 +22,7 @@ class ClientOptimizer(NamedTuple):
     """
 
     direction: optax.GradientTransformation
-    learning_rate: Callable[[Int[Array, ""]], Float[Array, ""]]
+    learning_rate: optax.Schedule
 
 
 def cross_entropy(logits: Float[Array, "C E V"], batch: Batch) -> Float[Array, " C"]:
@@ -63,7 +63,7 @@ def train(
     def one_client(weights: Trainable, state: PyTree, grads: Trainable, local: Local, rate: Array):
         updates, state = optimizer.direction.update(grads, state, weights)
         updates = masked(jax.tree.map(lambda u: -rate * u, updates), local.trains)
-        return Trainable(*optax.apply_updates(weights, updates)), state
+        return jax.tree.map(jnp.add, weights, updates), state
 
     def step(carry, inputs):
         weights, states = carry
@@ -72,7 +72,7 @@ def train(
             None if dropout_keys is None else jax.vmap(lambda key: jax.random.fold_in(key, h))(dropout_keys)
         )
         grads, losses = jax.grad(loss, has_aux=True)(weights, batch, keys)
-        rate = optimizer.learning_rate(first_step + h)
+        rate = jnp.asarray(optimizer.learning_rate(first_step + h))
         moved = [
             jax.vmap(one_client, in_axes=(0, 0, 0, 0, None))(*parts, rate)
             for parts in zip(weights, states, grads, tiers, strict=True)

@@ -4,7 +4,7 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -17,8 +17,8 @@ from fslora_jax.errors import UserError
 from fslora_jax.evaluate import make_evaluation
 from fslora_jax.federation.cohort import EMPTY
 from fslora_jax.federation.feed import make_cohort
-from fslora_jax.federation.round import Cohort, Keys, make_round, shardings
 from fslora_jax.federation.results import write_global
+from fslora_jax.federation.round import Cohort, Keys, make_round, shardings
 from fslora_jax.federation.setup import Federation, initial_server, set_up
 from fslora_jax.log import JsonLines, Logger, open_loggers, read_records
 from fslora_jax.lora import Traffic, traffic
@@ -155,7 +155,7 @@ class Meter:
     def __init__(self, config: Config, federation: Federation):
         self._ranks = federation.task.population.ranks
         self._cohorts = federation.cohorts
-        bytes_of = {k: client_traffic(config, federation, int(k)) for k in set(self._ranks)}
+        bytes_of = {k: client_traffic(federation, int(k)) for k in set(self._ranks)}
         per_round = [
             [sum(bytes_of[k][way] for k in self._ranks[ids]) for ids in self._cohorts] for way in (0, 1)
         ]
@@ -176,7 +176,7 @@ class Meter:
         if broken.any():
             which, h = np.argwhere(broken)[0]
             raise UserError(
-                f"round {t + 1}: client {ids[ids != EMPTY][which]}: its loss is {by_step[which, h]} at local step {h + 1}; "
+                f"round {t + 1}: client {ids[ids != EMPTY][which]}: loss {by_step[which, h]} at local step {h + 1}; "
                 "lower client_optimizer.learning_rate, set client_optimizer.max_grad_norm, or look at its data; "
                 "the last checkpoint is kept"
             )
@@ -187,7 +187,7 @@ class Meter:
         }
 
 
-def client_traffic(config: Config, federation: Federation, k: int) -> Traffic:
+def client_traffic(federation: Federation, k: int) -> Traffic:
     """Bytes of one client of rank ``k`` in one round."""
     head = jax.eval_shape(federation.task.model.init_head, device_key(0, Purpose.INIT))
     head_values = sum(math.prod(x.shape) for x in jax.tree.leaves(head))
@@ -209,10 +209,10 @@ def summarise(
     """What the run found, as the last table shows it."""
     evaluations = [r for r in records if "eval/accuracy" in r]
     seconds = [r["seconds"] for r in read_records(run_dir / "timings.jsonl")]
-    full = client_traffic(config, federation, config.lora.r)
+    full = client_traffic(federation, config.lora.r)
     tiers = []
     for k in sorted(set(federation.task.population.ranks.tolist())):
-        bytes_of = client_traffic(config, federation, k)
+        bytes_of = client_traffic(federation, k)
         clients = int((federation.task.population.ranks == k).sum())
         tiers.append({"k": k, "clients": clients, "down_bytes": bytes_of.down, "up_bytes": bytes_of.up})
     return {

@@ -1,20 +1,26 @@
 """What comes after training: evaluate a run or an adapter folder, export a run's adapters."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
 from fslora_jax import hub
 from fslora_jax.checkpoint import Checkpoints
-from fslora_jax.config import Config, make_config
+from fslora_jax.config import Config, DataConfig
 from fslora_jax.errors import UserError
 from fslora_jax.evaluate import make_evaluation
 from fslora_jax.export import write_adapter
 from fslora_jax.federation.client import train_client
-from fslora_jax.federation.setup import Federation, initial_server, set_up
-from fslora_jax.methods import Server
+from fslora_jax.federation.setup import Federation, find_examples, initial_server, set_up, test_batches
+from fslora_jax.lora import lora_scale
+from fslora_jax.methods import Server, Spec
+from fslora_jax.models import load_model
+from fslora_jax.reload import check_fits, read_adapter
 from fslora_jax.rundir import load_run_config
+from fslora_jax.types import Trainable
+
+POOLING_OF = {"SEQ_CLS": "native", "TOKEN_CLS": "mean"}
+"""PEFT's task type -> the pooling that an export of this package stores under it."""
 
 
 def load_round(run_dir: Path, round: int | None) -> tuple[Config, Federation, Server]:
@@ -77,3 +83,33 @@ def export_client(run_dir: Path, out: Path, client: int, round: int | None = Non
         target_modules=config.lora.target_modules,
         label_names=federation.task.label_names,
     )
+
+
+def evaluate_run(run_dir: Path, data: DataConfig | None = None) -> dict[str, float]:
+    """Metrics of a run's newest global adapter, on its held-out examples or on others."""
+    config, federation, server = load_round(run_dir, None)
+    task = federation.task
+    test = task.test
+    if data is not None:
+        labelled = data.model_copy(update={"label_names": task.label_names})
+        folder = hub.resolve_model(config.model.name)
+        test = test_batches(folder, task.model, find_examples(labelled), labelled)
+    return make_evaluation(task.model.apply, federation.spec)(task.base, server.weights, test).means()
+
+
+def evaluate_adapter(folder: Path, data: DataConfig) -> dict[str, float]:
+    """Metrics of a PEFT adapter folder on labelled texts."""
+    adapter, head, said = read_adapter(folder)
+    base_folder = hub.resolve_model(said.base_model)
+    test = find_examples(data.model_copy(update={"label_names": said.label_names or data.label_names}))
+    model, base = load_model(
+        base_folder, num_labels=len(test.label_names), pooling=POOLING_OF[said.task_type], dtype="float32"
+    )
+    check_fits(adapter, head, said, model)
+    spec = Spec(
+        targets={module: model.modules[module] for module in adapter},
+        r=said.r,
+        scale=lora_scale(said.r, said.lora_alpha, said.use_rslora),
+    )
+    batches = test_batches(base_folder, model, test, data)
+    return make_evaluation(model.apply, spec)(base, Trainable(adapter, head), batches).means()

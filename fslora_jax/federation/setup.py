@@ -14,9 +14,8 @@ from fslora_jax.config import ClientOptimizerConfig, Config, DataConfig
 from fslora_jax.data.batches import eval_batches
 from fslora_jax.data.partition import PARTITIONS, Partition, check_partition
 from fslora_jax.data.tasks import Examples, load_file, load_hub, split_examples
-from fslora_jax.data.tokens import encode, load_tokenizer
+from fslora_jax.data.tokens import TokenStore, encode, load_tokenizer
 from fslora_jax.errors import UserError
-from fslora_jax.evaluate import stack_batches
 from fslora_jax.federation.cohort import Layout, plan_layout, sample_cohort
 from fslora_jax.federation.feed import Population, Steps, plan_rows
 from fslora_jax.federation.local import ClientOptimizer
@@ -66,41 +65,62 @@ def load_task(config: Config) -> Task:
         dtype=config.model.dtype,
         lora_dropout=config.lora.lora_dropout,
     )
-    if config.data.max_length > model.max_length:
-        raise UserError(
-            f"data.max_length: found {config.data.max_length}, but {config.model.name} has "
-            f"{model.max_length} positions; choose at most that many"
-        )
-    tokenizer = load_tokenizer(folder)
-    stores = [encode(tokenizer, e.texts, config.data.max_length, model.vocab_size) for e in (train, test)]
     partition = divide(config, train)
     sizes = np.array([len(share) for share in partition], float)
     weighted = config.federation.client_weights == "examples"
     population = Population(
-        store=stores[0],
+        store=tokenise(folder, model, train, config.data.max_length),
         labels=train.labels,
         examples=partition,
         ranks=client_ranks(config),
         shares=sizes if weighted else np.ones_like(sizes),
     )
-    everything = np.arange(len(test.labels))
-    batches = eval_batches(
-        stores[1], test.labels, everything, EVAL_EXAMPLES, config.row_length, config.data.packing
-    )
-    return Task(model, base, train.label_names, population, stack_batches(batches))
+    batches = test_batches(folder, model, test, config.data)
+    return Task(model, base, train.label_names, population, batches)
+
+
+def tokenise(folder: Path, model: Model, examples: Examples, max_length: int) -> TokenStore:
+    """Texts as the model's tokens.
+
+    Raises:
+      UserError: ``max_length`` is more than the model's positions, or the tokenizer is of another model.
+    """
+    if max_length > model.max_length:
+        raise UserError(
+            f"data.max_length: found {max_length}, but the model in {folder.name} takes at most "
+            f"{model.max_length} tokens; choose at most that many"
+        )
+    return encode(load_tokenizer(folder), examples.texts, max_length, model.vocab_size)
+
+
+def test_batches(folder: Path, model: Model, test: Examples, data: DataConfig) -> Batch:
+    """Held-out examples as equally shaped batches on a leading axis."""
+    store, everything = tokenise(folder, model, test, data.max_length), np.arange(len(test.labels))
+    row_length = data.row_length or data.max_length
+    batches = eval_batches(store, test.labels, everything, EVAL_EXAMPLES, row_length, data.packing)
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
 
 def load_examples(data: DataConfig, seed: int) -> tuple[Examples, Examples]:
     """Training and held-out examples with the same label set."""
-    columns = {"text_columns": data.text_columns, "label_column": data.label_column}
-    found = hub.resolve_dataset(data.name)
-    if found.path is None:
-        train = load_hub(data.name, split=data.split, label_names=data.label_names, **columns)
-    else:
-        train = load_file(found.path, label_names=data.label_names, **columns)
+    train = find_examples(data)
     if data.test_name is None:
         return split_examples(train, data.test_examples, host_rng(seed, Purpose.SPLIT))
-    return train, load_file(Path(data.test_name), label_names=train.label_names, **columns)
+    test = data.model_copy(update={"name": data.test_name, "label_names": train.label_names})
+    return train, find_examples(test)
+
+
+def find_examples(data: DataConfig) -> Examples:
+    """The labelled texts of ``data.name``: a local file, the hub's, or a packaged copy."""
+    labelled = {
+        "text_columns": data.text_columns,
+        "label_column": data.label_column,
+        "label_names": data.label_names,
+    }
+    found = hub.resolve_dataset(data.name)
+    if found.path is None:
+        return load_hub(data.name, split=data.split, **labelled)
+    return load_file(found.path, **labelled)
 
 
 def divide(config: Config, train: Examples) -> Partition:

@@ -121,7 +121,7 @@ def apply_server_optimizer(
     """
     gradient = jax.tree.map(jnp.negative, combined.delta)
     updates, opt_state = optimizer.update(gradient, server.opt_state, server.weights)
-    moved = Trainable(*optax.apply_updates(server.weights, updates))
+    moved = jax.tree.map(jnp.add, server.weights, updates)
     adapter = {
         m: Pair(
             *(

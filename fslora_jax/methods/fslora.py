@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
 
 from fslora_jax.methods.base import Client, Method, Server, Spec, fedavg_lora, hold
-from fslora_jax.sketch import draw
+from fslora_jax.sketch import Sketch, draw
 from fslora_jax.types import Local
 
 
@@ -18,13 +19,22 @@ def fslora(spec: Spec, server_optimizer: optax.GradientTransformation) -> Method
     """
 
     def download(key: Key[Array, ""], server: Server, client: Client, cap: int) -> Local:
-        index, gain = {}, {}
-        for number, (module, target) in enumerate(spec.targets.items()):
-            if spec.share_sketch:
-                keys = jnp.broadcast_to(key, (target.layers,))
-            else:
-                keys = jax.random.split(jax.random.fold_in(key, number), target.layers)
-            index[module], gain[module] = jax.vmap(lambda key: draw(key, spec.r, client.k, cap))(keys)
+        sketch = draw_all(key, spec, client.k, cap)
+        index = {module: s.index for module, s in sketch.items()}
+        gain = {module: s.gain for module, s in sketch.items()}
         return hold(spec, server.weights, index, gain)
 
     return fedavg_lora(spec, server_optimizer)._replace(download=download)
+
+
+def draw_all(key: Key[Array, ""], spec: Spec, k: Int[Array, ""], cap: int) -> dict[str, Sketch]:
+    """A sketch for every layer of every adapted module: independent draws, or one for all (``share_sketch``).
+
+    All draws are one vectorised operation, which keeps the compiled round small.
+    """
+    layers = [target.layers for target in spec.targets.values()]
+    keys = jnp.broadcast_to(key, (sum(layers),)) if spec.share_sketch else jax.random.split(key, sum(layers))
+    every = jax.vmap(lambda key: draw(key, spec.r, k, cap))(keys)
+    starts = np.cumsum(layers)[:-1]
+    parts = zip(*(jnp.split(x, starts) for x in every), strict=True)
+    return {module: Sketch(*part) for module, part in zip(spec.targets, parts, strict=True)}

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Makes the virtual environment .venv (or $VENV) beside this folder and installs the package in it.
+# usage: launch/setup.sh [EXTRA]      EXTRA: test, cuda, tpu, tensorboard, wandb
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${VENV:-.venv}
+python=${PYTHON:-python3}
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".${1:+[$1]}"

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Sets everything up and passes the checks: format, lint, types, import direction, tests, examples, a real run.
+# usage: launch/test.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+launch/setup.sh test
+bin=$PWD/${VENV:-.venv}/bin
+say() { printf '\n== %s\n' "$*"; }
+
+say format and lint
+"$bin/ruff" format --check .
+"$bin/ruff" check .
+say types
+"$bin/basedpyright" --pythonpath "$bin/python"
+say import direction
+"$bin/lint-imports"
+
+say a real run, from text to an adapter
+run=$(mktemp -d)
+trap 'rm -rf "$run"' EXIT
+"$bin/fslora" train configs/quickstart.yaml --run-dir "$run/run" --federation.num-rounds 2 \
+  --federation.local-steps 1 --data.test-examples 64 --evaluate-every 1
+"$bin/fslora" eval "$run/run"
+"$bin/fslora" export "$run/run" --out "$run/client" --client 3
+
+say tests and examples
+"$bin/pytest" -n auto --doctest-modules fslora_jax tests
