@@ -70,7 +70,7 @@ class DataConfig(Section):
     max_length: Count = 128
     """Longer texts are truncated to this many tokens."""
     row_length: Count | None = None
-    """Tokens of a packed row; by default `max_length`."""
+    """Tokens of a packed row; by default the length with which batches need the fewest."""
     packing: bool = True
     """Several short examples in one row (exact, and much faster), or one padded example a row."""
 
@@ -118,8 +118,10 @@ class ClientOptimizerConfig(Section):
 
     name: Literal["sgd", "adamw"] = "sgd"
     """`sgd` takes `momentum`; `adamw` takes `b1`, `b2`, `eps`."""
-    learning_rate: NonNegative = 5e-4
+    learning_rate: Positive = 5e-4
     """Peak learning rate."""
+    head_learning_rate: Positive | None = None
+    """Peak learning rate of the dense head; by default the same."""
     momentum: Fraction = 0.0
     """Momentum of `sgd`."""
     b1: Fraction = 0.9
@@ -220,12 +222,6 @@ class Config(Section):
     def clients_per_round(self) -> int:
         """Size of the cohort."""
         return self.federation.clients_per_round or self.federation.num_clients
-
-    @property
-    def row_length(self) -> int:
-        """Tokens of a packed row."""
-        return self.data.row_length or self.data.max_length
-
 
 def known_fields(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """Dotted names of all settings.

@@ -99,13 +99,15 @@ def open_loggers(names: Sequence[str], run_dir: Path, keep_rounds: int) -> list[
     Raises:
       UserError: the package of an optional logger is not installed.
     """
-    loggers: list[Logger] = [JsonLines(run_dir / "metrics.jsonl", keep_rounds)]
-    for name in names:
-        package, logger = _LOGGERS[name]
-        try:
-            loggers.append(logger(run_dir, keep_rounds))
-        except ModuleNotFoundError:
-            raise UserError(
-                f"loggers: {name} needs the package {package}; pip install 'fslora_jax[{name}]'"
-            ) from None
-    return loggers
+    optional = [_open(name, run_dir, keep_rounds) for name in names]
+    return [JsonLines(run_dir / "metrics.jsonl", keep_rounds), *optional]
+
+
+def _open(name: str, run_dir: Path, keep_rounds: int) -> Logger:
+    package, logger = _LOGGERS[name]
+    try:
+        return logger(run_dir, keep_rounds)
+    except ModuleNotFoundError:
+        raise UserError(
+            f"loggers: {name} needs the package {package}; pip install 'fslora_jax[{name}]'"
+        ) from None

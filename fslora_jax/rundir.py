@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from fslora_jax.config import Config, dump_config, load_config
 from fslora_jax.errors import UserError
 
-CONFIG, SUMMARY = "config.yaml", "summary.json"
+CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -48,7 +48,7 @@ def open_run(run_dir: Path, config: Config) -> Iterator[None]:
             f"{run_dir}: cannot be made or written: {error.strerror}; choose another --run-dir"
         ) from None
     with lock:
-        if known.exists():
+        if known.exists() and (run_dir / METRICS).exists():  # without it nothing was trained
             _check_same(run_dir, config)
         else:
             write_atomically(known, dump_config(config))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import pytest
+import runs
 import torch
 import transformers
 
@@ -68,6 +69,17 @@ def tiny(request, tmp_path_factory) -> Tiny:
     hf.save_pretrained(folder)
     model, base = load_model(folder, num_labels=SIZES["num_labels"], pooling=pooling)
     return Tiny(family, pooling, folder, hf, model, base, torch_head(hf))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> runs.World:
+    return runs.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def finished(world) -> Path:
+    """The folder of a whole run, for tests that only read."""
+    return runs.train(world, world.folder / "finished")
 
 
 @pytest.fixture(scope="session")

@@ -44,8 +44,39 @@ def local_examples(
     for slot, client in np.ndenumerate(ids):
         if client != EMPTY:
             mine = population.examples[client]
-            chosen[slot] = stream(mine, steps.seed, int(client), round * count, count)
+            window = stream(mine, steps.seed, int(client), round * count, count)
+            chosen[slot] = deal(window, population.store.lengths, steps.local_steps) if steps.packing else window
     return chosen.reshape(*ids.shape, steps.local_steps, steps.batch_size)
+
+
+def deal(examples: Int[np.ndarray, " HE"], lengths: Int[np.ndarray, " n"], hands: int) -> Int[np.ndarray, " HE"]:
+    """The examples of a round, dealt to its ``hands`` minibatches by length, there and back like cards.
+
+    Minibatches of nearly equal token counts need nearly equal rows, so the static shape is filled better. Which
+    examples a round sees is as random as before.
+
+    >>> deal(np.arange(6), np.array([1, 2, 3, 4, 5, 6]), hands=2).tolist()
+    [5, 2, 1, 4, 3, 0]
+    """
+    by_length = examples[np.argsort(-lengths[examples], kind="stable")].reshape(-1, hands)
+    by_length[1::2] = by_length[1::2, ::-1]
+    return by_length.T.ravel()
+
+
+def best_row_length(population: Population, steps: Steps, cohorts: Sequence[np.ndarray]) -> int:
+    """The row length, from the longest example to twice that, with which batches cost least.
+
+    Longer rows pack better, but attention grows with their length: a token costs about ``1 + L / 512``. The first
+    rounds stand for all.
+    """
+
+    def cost(row_length: int) -> float:
+        rows = plan_rows(population, steps._replace(row_length=row_length), cohorts[:8])
+        return rows * row_length * (1 + row_length / 512)
+
+    longest = int(population.store.lengths.max())
+    start = -(-longest // 8) * 8
+    return min(range(start, 2 * start + 1, 8), key=cost) if steps.packing else start
 
 
 def plan_rows(population: Population, steps: Steps, cohorts: Sequence[np.ndarray]) -> int:

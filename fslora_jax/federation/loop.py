@@ -3,6 +3,7 @@
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,7 +86,10 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
         return {f"eval/{name}": value for name, value in means.items()}
 
     meter = Meter(config, federation)
-    with ThreadPoolExecutor(1) as ahead:
+    with ExitStack() as stack:
+        for opened in (*loggers, clock, checkpoints):
+            stack.callback(opened.close)
+        ahead = stack.enter_context(ThreadPoolExecutor(1))
         upcoming = ahead.submit(cohort_of, config, federation, done)
         display.stage("compiling the round")
         step, compile_seconds = compile_round(config, federation, server, keys, upcoming.result())
@@ -108,8 +112,6 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
             display.round(t + 1, num_rounds, {**record, "clients_per_second": clients_per_second})
             if (t + 1) % config.checkpoint_every == 0 or t + 1 == num_rounds:
                 checkpoints.save(t + 1, server)
-    for closing in (*loggers, clock, checkpoints):
-        closing.close()
     return server, compile_seconds
 
 

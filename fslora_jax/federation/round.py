@@ -72,13 +72,15 @@ def make_round(
     def of_device(base: PyTree, server: Server, keys: Keys, cohort: Cohort):
         chunks = jax.tree.map(lambda x: x[0], cohort)
         first = jax.tree.map(lambda x: x[0], chunks)
-        shapes = jax.eval_shape(of_clients, base, server, keys, first)[0]
+        # A device's own copy: gradients at replicated weights would be summed over the devices.
+        own = server if mesh is None else jax.lax.pcast(server, CLIENTS, to="varying")
+        shapes = jax.eval_shape(of_clients, base, own, keys, first)[0]
         nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         if mesh is not None:
             nothing = jax.lax.pcast(nothing, CLIENTS, to="varying")
 
         def chunk(total, cohort):
-            combined, losses = of_clients(base, server, keys, cohort)
+            combined, losses = of_clients(base, own, keys, cohort)
             return jax.tree.map(jnp.add, total, combined), losses
 
         combined, losses = jax.lax.scan(chunk, nothing, chunks)

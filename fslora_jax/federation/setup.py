@@ -17,14 +17,14 @@ from fslora_jax.data.tasks import Examples, load_file, load_hub, split_examples
 from fslora_jax.data.tokens import TokenStore, encode, load_tokenizer
 from fslora_jax.errors import UserError
 from fslora_jax.federation.cohort import Layout, plan_layout, sample_cohort
-from fslora_jax.federation.feed import Population, Steps, plan_rows
+from fslora_jax.federation.feed import Population, Steps, best_row_length, plan_rows
 from fslora_jax.federation.local import ClientOptimizer
 from fslora_jax.federation.round import CLIENTS, shardings
 from fslora_jax.lora import lora_scale, select_targets
 from fslora_jax.methods import METHODS, Method, Server, Spec
 from fslora_jax.models import Model, load_model
 from fslora_jax.random import Purpose, device_key, host_rng
-from fslora_jax.types import Batch
+from fslora_jax.types import Batch, Trainable
 
 EVAL_EXAMPLES = 64
 """Examples of an evaluation batch."""
@@ -160,9 +160,22 @@ def make_client_optimizer(
         "sgd": optax.trace(config.momentum) if config.momentum else optax.identity(),
         "adamw": optax.scale_by_adam(config.b1, config.b2, config.eps),
     }[config.name]
+    if config.head_learning_rate is not None:
+        ratio = config.head_learning_rate / config.learning_rate
+        direction = optax.chain(direction, scale_head(ratio))
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
     decay = optax.add_decayed_weights(config.weight_decay) if config.weight_decay else optax.identity()
     return ClientOptimizer(optax.chain(clip, direction, decay), rate)
+
+
+def scale_head(factor: float) -> optax.GradientTransformation:
+    """Scales the updates of the dense head alone."""
+
+    def scale(updates: Trainable, params: Trainable | None = None) -> Trainable:
+        del params
+        return updates._replace(head=jax.tree.map(lambda u: factor * u, updates.head))
+
+    return optax.stateless(scale)
 
 
 def make_mesh() -> Mesh | None:
@@ -191,7 +204,9 @@ def set_up(config: Config) -> Federation:
     cohorts = [sample_cohort(config.seed, t, f.num_clients, size) for t in range(f.num_rounds)]
     lanes = (1 if mesh is None else mesh.size) * f.cohort_chunks
     layout = plan_layout(task.population.ranks, cohorts, r=r, lanes=lanes, tiered=f.layout == "tiered")
-    steps = Steps(config.seed, f.local_steps, f.batch_size, config.row_length, config.data.packing)
+    steps = Steps(config.seed, f.local_steps, f.batch_size, config.data.row_length or 0, config.data.packing)
+    if not steps.row_length:
+        steps = steps._replace(row_length=best_row_length(task.population, steps, cohorts))
     return Federation(
         task=task._replace(base=jax.device_put(task.base, shardings(mesh)[0])),
         spec=spec,

@@ -138,7 +138,7 @@ class Layer(nnx.Module):
 
 def drop(key: Key[Array, ""], rate: float, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Inverted dropout: zero with probability ``rate``, the rest scaled to keep the mean."""
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+    return jnp.where(jax.ad_checkpoint.checkpoint_name(jax.random.bernoulli(key, 1 - rate, x.shape), 'mask'), x / (1 - rate), 0)
 
 
 def attention_bias(segments: Int[Array, "C B L"]) -> Float[Array, "C B 1 L L"]:

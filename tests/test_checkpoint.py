@@ -1,0 +1,115 @@
+"""Checkpoints: whole or not there, back bit by bit, and one line where they are damaged."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fslora_jax.checkpoint import Checkpoints
+from fslora_jax.errors import UserError
+
+
+def state(value: float) -> dict:
+    return {"weights": {"a": jnp.full((3, 4), value), "b": [jnp.arange(5) * value]}, "round": jnp.int32(value)}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with checkpoints of rounds 1 and 2."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    for t in (1, 2):
+        checkpoints.save(t, state(t / 3))
+    checkpoints.close()
+    return tmp_path / "checkpoints"
+
+
+def test_what_was_saved_comes_back_bit_by_bit(saved):
+    checkpoints = Checkpoints(saved, keep=2)
+    for t in checkpoints.rounds():
+        back, like = checkpoints.restore(t, state(0)), state(t / 3)
+        assert jax.tree.structure(back) == jax.tree.structure(like)
+        for got, wanted in zip(jax.tree.leaves(back), jax.tree.leaves(like), strict=True):
+            assert got.dtype == wanted.dtype
+            np.testing.assert_array_equal(got, wanted)
+    checkpoints.close()
+
+
+def test_the_newest_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    for t in (1, 2, 3, 5):
+        checkpoints.save(t, state(t))
+    assert checkpoints.rounds() == [3, 5]
+    checkpoints.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "5"]
+
+
+def test_no_folder_has_no_rounds(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    assert checkpoints.rounds() == []
+    checkpoints.close()
+
+
+def test_what_a_kill_left_half_written_is_not_a_round(saved):
+    half = saved / "3.orbax-checkpoint-tmp"
+    (half / "default").mkdir(parents=True)
+    (half / "default" / "rubbish").write_bytes(b"half")
+    checkpoints = Checkpoints(saved, keep=2)
+    assert checkpoints.rounds() == [1, 2]
+    assert not half.exists()
+    checkpoints.save(3, state(3.0))
+    assert checkpoints.rounds() == [2, 3]
+    checkpoints.close()
+
+
+def files_of(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_every_damaged_file_gives_one_line_or_the_right_values(saved):
+    """Each file of a checkpoint cut to half, and gone: never a wrong value, never a traceback of the library."""
+    wanted, refused = state(2 / 3), 0
+    for path in files_of(saved / "2"):
+        whole = path.read_bytes()
+        for damage in (whole[: len(whole) // 2], None):
+            if damage is None:
+                path.unlink()
+            else:
+                path.write_bytes(damage)
+            checkpoints = Checkpoints(saved, keep=2)
+            try:
+                back = checkpoints.restore(2, state(0))
+                assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), back, wanted)), path
+            except UserError as error:
+                refused += 1
+                assert "\n" not in str(error)
+                assert str(saved / "2") in str(error)
+                assert "delete this folder to go on from the one before" in str(error)
+            finally:
+                checkpoints.close()
+                path.write_bytes(whole)
+    assert refused >= 3
+
+
+def test_another_shape_is_refused(saved):
+    checkpoints = Checkpoints(saved, keep=2)
+    other = state(0)
+    other["weights"]["a"] = jnp.zeros((3, 5))
+    with pytest.raises(UserError, match="cannot be read"):
+        checkpoints.restore(2, other)
+    checkpoints.close()
+
+
+def test_a_failed_save_keeps_the_earlier_ones(saved, monkeypatch):
+    checkpoints = Checkpoints(saved, keep=2)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device\nand more lines")
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    with pytest.raises(UserError) as caught:
+        checkpoints.save(3, state(3.0))
+    assert "\n" not in str(caught.value)
+    assert str(saved / "3") in str(caught.value)
+    assert "No space left" in str(caught.value)
+    assert checkpoints.rounds() == [1, 2]
+    checkpoints.close()
