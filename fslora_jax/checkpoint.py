@@ -1,7 +1,11 @@
 """Checkpoints of the server: global weights, the server optimiser's state and the round, through orbax."""
 
 import logging
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -9,19 +13,29 @@ from jaxtyping import PyTree
 
 from fslora_jax.errors import UserError
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every step of every save
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax reports every step, and errors that it also raises
 
 
 class Checkpoints:
     """Steps in one folder, each written under a temporary name and then renamed: a step is whole or not there."""
 
-    def __init__(self, folder: Path, keep: int):
-        """Opens a folder, and clears away what a killed run left half-written."""
+    def __init__(self, folder: Path, keep: int | None = None):
+        """Opens a folder for reading, which changes nothing in it.
+
+        With ``keep``, the number of newest steps to keep, it is opened for writing: it is made, and what a killed run
+        left half-written is cleared away.
+        """
+        _drop_late_callbacks()
         self._folder = folder
+        writes = keep is not None
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+                max_to_keep=keep,
+                create=writes,
+                read_only=not writes,
+                cleanup_tmp_directories=writes,
+                enable_async_checkpointing=False,
             ),
         )
 
@@ -61,6 +75,17 @@ class Checkpoints:
     def close(self) -> None:
         """Releases the folder."""
         self._manager.close()
+
+
+def _drop_late_callbacks() -> None:
+    """Silences reads and writes that are under way when orbax gives up: each would print a traceback of its own."""
+    if getattr(sys.unraisablehook, "func", None) is not _unless_late:
+        sys.unraisablehook = partial(_unless_late, sys.unraisablehook)
+
+
+def _unless_late(hook: Callable[[Any], object], found: Any) -> None:
+    if str(found.exc_value) != "Event loop is closed":
+        hook(found)
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,9 +61,16 @@ def parse(form: type, prog: str, description: str, argv: Sequence[str]) -> Any:
     )
     if unknown:
         name = unknown[0].lstrip("-").replace("-", "_")
-        hint = suggest(name) if "." in name else f"; see {prog} --help"
-        raise UserError(f"unknown argument {unknown[0]}{hint}")
+        raise UserError(f"unknown argument {unknown[0]}{suggest(name, list(option_names(form)))}")
     return values
+
+
+def option_names(form: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all arguments that ``form`` takes."""
+    for field in dataclasses.fields(form):
+        yield prefix + field.name
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            yield from option_names(field.type, f"{prefix}{field.name}.")
 
 
 def train_command(argv: Sequence[str]) -> None:

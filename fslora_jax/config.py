@@ -1,6 +1,7 @@
 """The typed configuration of a run: read from YAML, overridden on the command line, saved with the results."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,9 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Section(BaseModel):
     """A part of the configuration; unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True
+    )
 
 
 class ModelConfig(Section):
@@ -237,10 +240,14 @@ def known_fields(model: type[BaseModel] = Config, prefix: str = "") -> list[str]
     return names
 
 
-def suggest(name: str) -> str:
-    """``; did you mean ...?`` for a misspelt setting, or nothing."""
-    near = difflib.get_close_matches(name, known_fields(), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(known_fields(prefix=''))}"
+def suggest(name: str, known: Sequence[str]) -> str:
+    """``; did you mean ...?`` for a misspelt name, or all that there are.
+
+    >>> suggest("num_rounds", known_fields())
+    '; did you mean federation.num_rounds?'
+    """
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(known)}"
 
 
 def one_line(error: ValidationError) -> str:
@@ -248,7 +255,7 @@ def one_line(error: ValidationError) -> str:
     first, *rest = error.errors(include_url=False)
     field = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        text = f"unknown setting {field}{suggest(field)}"
+        text = f"unknown setting {field}{suggest(field, known_fields())}"
     elif first["type"] == "missing":
         text = f"{field}: missing; add it to the config"
     elif first["type"] == "value_error":

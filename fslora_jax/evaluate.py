@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from fslora_jax.backend import compiler_options
 from fslora_jax.federation.local import Apply
 from fslora_jax.methods import Spec, whole
 from fslora_jax.types import Batch, Trainable
@@ -48,7 +49,6 @@ def make_evaluation(apply: Apply, spec: Spec) -> Callable[[PyTree, Trainable, Ba
     The whole held-out set is one dispatch: a scan over its batches.
     """
 
-    @jax.jit
     def evaluation(base: PyTree, weights: Trainable, batches: Batch) -> Sums:
         held = jax.tree.map(lambda x: x[None], whole(spec, weights))
 
@@ -58,4 +58,4 @@ def make_evaluation(apply: Apply, spec: Spec) -> Callable[[PyTree, Trainable, Ba
 
         return jax.lax.scan(one, Sums.zero(), batches)[0]
 
-    return evaluation
+    return jax.jit(evaluation, compiler_options=compiler_options())

@@ -44,7 +44,7 @@ class Sgd:
         self.rate, self.momentum, self.m = rate, momentum, None
 
     def step(self, x: Parameters, g: Parameters, moves: Parameters, t: int) -> Parameters:
-        m = self.m or {p: 0.0 for p in x}
+        m = self.m or dict.fromkeys(x, 0.0)
         self.m = {p: self.momentum * m[p] + g[p] for p in x}
         return {p: np.where(moves[p], x[p] - self.rate(t) * self.m[p], x[p]) for p in x}
 
@@ -57,7 +57,7 @@ class AdamW:
         self.m, self.v, self.count = None, None, 0
 
     def step(self, x: Parameters, g: Parameters, moves: Parameters, t: int) -> Parameters:
-        m, v = self.m or {p: 0.0 for p in x}, self.v or {p: 0.0 for p in x}
+        m, v = self.m or dict.fromkeys(x, 0.0), self.v or dict.fromkeys(x, 0.0)
         self.count += 1
         self.m = {p: self.b1 * m[p] + (1 - self.b1) * g[p] for p in x}
         self.v = {p: self.b2 * v[p] + (1 - self.b2) * g[p] ** 2 for p in x}
@@ -72,7 +72,7 @@ class AdamW:
 
 def sketch(drawn: np.ndarray, r: int) -> np.ndarray:
     """``S = (r/k) sum_{j in I} e_j e_j^T``."""
-    return (r / len(drawn)) * sum(np.outer(np.eye(r)[j], np.eye(r)[j]) for j in drawn)
+    return (r / len(drawn)) * np.sum([np.outer(np.eye(r)[j], np.eye(r)[j]) for j in drawn], axis=0)
 
 
 def loss_and_gradients(
@@ -92,7 +92,7 @@ def loss_and_gradients(
     loss = -(share * logp[np.arange(len(logp)), batch.labels]).sum()
 
     g = share[:, None] * (np.exp(logp) - np.eye(logits.shape[1])[batch.labels])
-    grads = {("head", "kernel"): h.T @ g, ("head", "bias"): g.sum(0)}
+    grads: Parameters = {("head", "kernel"): h.T @ g, ("head", "bias"): g.sum(0)}
     g = g @ x["head", "kernel"].T
     for at in reversed(base.w):
         g = g * (1 - outputs[at] ** 2)

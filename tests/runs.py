@@ -125,14 +125,13 @@ def write_config(path: Path, world: World, **changes: Any) -> Path:
 
 def call(world: World, *argv: object) -> None:
     """``fslora ARGV`` in this process, with the session's cache; compiled quickly rather than well."""
-    quick = jax.config.jax_disable_most_optimizations
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FSLORA_CACHE", str(world.cache))
         jax.config.update("jax_disable_most_optimizations", True)
         try:
             cli.main([str(arg) for arg in argv])
         finally:
-            jax.config.update("jax_disable_most_optimizations", quick)
+            jax.config.update("jax_disable_most_optimizations", False)
 
 
 def train(world: World, run_dir: Path, *argv: object, **changes: Any) -> Path:

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 
 from fslora_jax.checkpoint import Checkpoints
 from fslora_jax.errors import UserError
 
 
 def state(value: float) -> dict:
-    return {"weights": {"a": jnp.full((3, 4), value), "b": [jnp.arange(5) * value]}, "round": jnp.int32(value)}
+    return {"weights": {"a": jnp.full((3, 4), value, float), "b": [jnp.arange(5.0) * value]}, "round": jnp.int32(value)}
 
 
 @pytest.fixture
@@ -55,10 +56,27 @@ def test_what_a_kill_left_half_written_is_not_a_round(saved):
     (half / "default" / "rubbish").write_bytes(b"half")
     checkpoints = Checkpoints(saved, keep=2)
     assert checkpoints.rounds() == [1, 2]
-    assert not half.exists()
     checkpoints.save(3, state(3.0))
     assert checkpoints.rounds() == [2, 3]
+    np.testing.assert_array_equal(checkpoints.restore(3, state(0))["weights"]["a"], 3.0)
     checkpoints.close()
+    assert sorted(path.name for path in saved.iterdir()) == ["2", "3"]
+
+
+def test_reading_changes_nothing(saved, tmp_path):
+    """Someone evaluates while the run goes on: a checkpoint that is being written is not theirs to clear away."""
+    (saved / "3.orbax-checkpoint-tmp" / "default").mkdir(parents=True)
+    (saved / "3.orbax-checkpoint-tmp" / "default" / "half").write_bytes(b"half")
+    before = runs.snapshot(saved)
+    checkpoints = Checkpoints(saved)
+    assert checkpoints.rounds() == [1, 2]
+    checkpoints.restore(2, state(0))
+    checkpoints.close()
+    assert runs.snapshot(saved) == before
+    none = Checkpoints(tmp_path / "none")
+    assert none.rounds() == []
+    none.close()
+    assert not (tmp_path / "none").exists()
 
 
 def files_of(folder):

@@ -1,4 +1,4 @@
-"""A model and a population so small that `oracle` can train them by hand, and helpers to play rounds with them."""
+"""A model and a population so small that `oracle` can train them by hand, and a way to play rounds with them."""
 
 from collections.abc import Sequence
 from functools import cache, partial
@@ -12,15 +12,14 @@ import oracle
 from jax.sharding import AxisType, Mesh
 
 from fslora_jax import lora
-from fslora_jax.data.batches import make_batch
 from fslora_jax.data.tokens import TokenStore
 from fslora_jax.federation.cohort import Layout, plan_layout
-from fslora_jax.federation.feed import Population, Steps, local_examples, make_cohort
+from fslora_jax.federation.feed import Population, Steps, make_cohort
 from fslora_jax.federation.local import Apply, ClientOptimizer
 from fslora_jax.federation.round import CLIENTS, Keys, make_round, shardings
-from fslora_jax.methods import Client, Method, Server, Spec, fslora
+from fslora_jax.methods import Method, Server, Spec, fslora
 from fslora_jax.random import Purpose, device_key
-from fslora_jax.types import Batch, Local, Pair, Trainable
+from fslora_jax.types import Batch, Local, Trainable
 
 D, F, VOCAB, LABELS, LAYERS, R = 5, 7, 11, 3, 2, 6
 ORDER = ("up", "down")
@@ -205,8 +204,8 @@ def play(
     if layout is None:
         layout = plan_layout(population.ranks, cohorts, r=R, lanes=lanes, tiered=tiered)
     one_round = compiled_round(method, optimizer, layout, dropout, mesh)
-    server = start(method) if server is None else server
-    base, keys, server = jax.device_put((BASE, run_keys(seed), server), shardings(mesh)[0])
+    first = start(method) if server is None else server
+    base, keys, server = jax.device_put((BASE, run_keys(seed), first), shardings(mesh)[0])
     servers, losses = [server], {}
     for t, ids in enumerate(cohorts):
         cohort = make_cohort(
@@ -225,77 +224,3 @@ def by_client(t: int, ids: jax.Array, losses: jax.Array) -> dict[tuple[int, int]
         flat = np.asarray(values.data).reshape(-1, STEPS.local_steps)
         found |= {(t, int(c)): x for c, x in zip(np.ravel(mine.data), flat, strict=True) if c >= 0}
     return found
-
-
-def client_key(base_key: jax.Array, t: int, client: int) -> jax.Array:
-    """The key of a client in a round."""
-    return jax.random.fold_in(jax.random.fold_in(base_key, t), client)
-
-
-_download = jax.jit(METHOD.download, static_argnums=3, compiler_options=QUICK)
-
-
-def give(server: Server, client: int, k: int, cap: int) -> Local:
-    """What FSLoRA gives a client in the coming round, in a slot of rank ``cap``."""
-    key = client_key(run_keys().sketch, int(server.round), client)
-    who = Client(jnp.int32(client), jnp.int32(k), jnp.float32(1))
-    return _download(key, server._replace(opt_state=()), who, cap)
-
-
-def client_batches(population: Population, client: int, t: int) -> Batch:
-    """A client's minibatches of a round, leaves ``(H, ...)``."""
-    chosen = local_examples(population, STEPS, np.array(client), t)
-    return make_batch(population.store, population.labels, chosen, STEPS.batch_size, STEPS.row_length, False)
-
-
-def oracle_base() -> oracle.Base:
-    """The toy's frozen weights in the paper's orientation."""
-    kernels = {(m, n): BASE[m][n].T.astype(np.float64) for n in range(LAYERS) for m in ORDER}
-    return oracle.Base(BASE["embed"].astype(np.float64), kernels)
-
-
-def flat(weights: Trainable) -> oracle.Parameters:
-    """Global weights as the oracle's parameters, bit by bit."""
-    found = {}
-    for m, pair in weights.adapter.items():
-        for n in range(LAYERS):
-            found[m, n, "A"] = np.asarray(pair.a[n], np.float64)
-            found[m, n, "B"] = np.asarray(pair.b[n], np.float64).T
-    return found | {("head", p): np.asarray(v, np.float64) for p, v in weights.head["classifier"].items()}
-
-
-def oracle_minibatches(batch: Batch) -> list[oracle.Minibatch]:
-    """Batches with leaves ``(H, ...)``, one example a row, as lists of texts."""
-    b = jax.tree.map(np.asarray, batch)
-    return [
-        oracle.Minibatch([t[s > 0] for t, s in zip(tokens, segments, strict=True)], labels, weights)
-        for tokens, segments, labels, weights in zip(b.tokens, b.segments, b.labels, b.weights, strict=True)
-    ]
-
-
-def drawn(server: Server, client: int, k: int) -> dict[tuple[str, int], np.ndarray]:
-    """The components that a client is given in the coming round, for each (module, layer)."""
-    index = give(server, client, k, cap=R).index
-    return {(m, n): np.asarray(index[m][n, :k]) for m in TARGETS for n in range(LAYERS)}
-
-
-def participants(server: Server, population: Population, ids: np.ndarray) -> list[oracle.Participant]:
-    """The clients of a round as the oracle takes them; only what is drawn comes from the package."""
-    shares = population.shares[ids] / population.shares[ids].sum()
-    return [
-        oracle.Participant(
-            drawn(server, int(c), int(population.ranks[c])),
-            share,
-            oracle_minibatches(client_batches(population, int(c), int(server.round))),
-        )
-        for c, share in zip(ids, shares, strict=True)
-    ]
-
-
-def close(found: dict, expected: dict, tolerance: float = 2e-5) -> None:
-    """Equal arrays; in the toy they are of order 1, and a round moves them by about 0.1."""
-    assert found.keys() == expected.keys()
-    for name in expected:
-        np.testing.assert_allclose(
-            found[name], expected[name], rtol=tolerance, atol=tolerance, err_msg=str(name)
-        )

@@ -81,7 +81,7 @@ def split_examples(examples: Examples, num_test: int, rng: np.random.Generator) 
     """Hold out ``num_test`` examples drawn uniformly: (train, test), each in the original order."""
     n = len(examples.labels)
     if not 0 < num_test < n:
-        raise UserError(f"num_test is {num_test}; expected 1 to {n - 1}, as the data has {n} examples")
+        raise UserError(f"test_examples is {num_test}; expected 1 to {n - 1}, as the data has {n} examples")
     order = rng.permutation(n)
     return _take(examples, np.sort(order[num_test:])), _take(examples, np.sort(order[:num_test]))
 

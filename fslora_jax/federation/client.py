@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fslora_jax.backend import compiler_options
 from fslora_jax.config import Config
 from fslora_jax.data.batches import make_batch, rows_for
 from fslora_jax.errors import UserError
@@ -38,7 +39,7 @@ def train_client(config: Config, federation: Federation, server: Server, client:
     given = federation.method.download(
         key(Purpose.SKETCH), server, Client(jnp.int32(client), jnp.int32(k), jnp.float32(1)), k
     )
-    after, _ = jax.jit(train, static_argnums=(0, 1))(
+    after, _ = jax.jit(train, static_argnums=(0, 1), compiler_options=compiler_options())(
         federation.task.model.apply,
         federation.optimizer,
         federation.task.base,

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from fslora_jax import figures
+from fslora_jax.backend import compiler_options
 from fslora_jax.checkpoint import Checkpoints
 from fslora_jax.config import Config
 from fslora_jax.data.partition import label_counts
@@ -141,7 +142,8 @@ def compile_round(config: Config, federation: Federation, server: Server, keys: 
         dropout=config.lora.lora_dropout > 0,
         mesh=federation.mesh,
     )
-    compiled = jax.jit(one_round).lower(federation.task.base, server, keys, cohort).compile()
+    program = jax.jit(one_round, compiler_options=compiler_options())
+    compiled = program.lower(federation.task.base, server, keys, cohort).compile()
     return compiled, time.perf_counter() - started
 
 

@@ -30,7 +30,7 @@ def load_round(run_dir: Path, round: int | None) -> tuple[Config, Federation, Se
       UserError: no run folder, or no checkpoint of that round.
     """
     config = load_run_config(run_dir)
-    checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
+    checkpoints = Checkpoints(run_dir / "checkpoints")
     saved = checkpoints.rounds()
     wanted = saved[-1] if round is None and saved else round
     if wanted not in saved:

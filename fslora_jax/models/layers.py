@@ -138,7 +138,7 @@ class Layer(nnx.Module):
 
 def drop(key: Key[Array, ""], rate: float, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Inverted dropout: zero with probability ``rate``, the rest scaled to keep the mean."""
-    return jnp.where(jax.ad_checkpoint.checkpoint_name(jax.random.bernoulli(key, 1 - rate, x.shape), 'mask'), x / (1 - rate), 0)
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
 
 def attention_bias(segments: Int[Array, "C B L"]) -> Float[Array, "C B 1 L L"]:
@@ -157,9 +157,13 @@ def attention(
     bias: Float[Array, "C B 1 L L"],
     heads: int,
 ) -> Float[Array, "C B L D"]:
-    """Multi-head attention; scores and softmax in float32."""
-    q, k, v = (m.reshape(*m.shape[:-1], heads, -1) for m in (q, k, v))
-    scores = jnp.einsum("cbqhd,cbkhd->cbhqk", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores / math.sqrt(q.shape[-1]) + bias).astype(v.dtype)
-    mixed = jnp.einsum("cbhqk,cbkhd->cbqhd", weights, v)
+    """Multi-head attention; scores and softmax in float32.
+
+    Heads go before positions first: products of contiguous matrices are twice as fast on a CPU.
+    """
+    q, k, v = (jnp.swapaxes(m.reshape(*m.shape[:-1], heads, -1), -3, -2) for m in (q, k, v))
+    scale = 1 / math.sqrt(q.shape[-1])
+    scores = jnp.einsum("cbhqd,cbhkd->cbhqk", q * scale, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores + bias).astype(v.dtype)
+    mixed = jnp.swapaxes(jnp.einsum("cbhqk,cbhkd->cbhqd", weights, v), -3, -2)
     return mixed.reshape(*mixed.shape[:-2], -1)

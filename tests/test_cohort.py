@@ -1,0 +1,84 @@
+"""Who takes part and where each client sits, for any ranks, cohort size and number of lanes."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fslora_jax.federation.cohort import EMPTY, Layout, place, plan_layout, sample_cohort
+
+SEEDS = st.integers(0, 2**31)
+
+
+@given(seed=SEEDS, clients=st.integers(1, 30), data=st.data())
+def test_a_cohort_is_a_sorted_set_of_clients(seed, clients, data):
+    size = data.draw(st.integers(1, clients))
+    cohort = sample_cohort(seed, 3, clients, size)
+    assert len(cohort) == size
+    assert (np.diff(cohort) > 0).all()
+    assert 0 <= cohort[0] <= cohort[-1] < clients
+    assert (cohort == sample_cohort(seed, 3, clients, size)).all()
+
+
+def test_every_client_takes_part_as_often():
+    rounds, clients, size = 4000, 10, 3
+    cohorts = np.array([sample_cohort(0, t, clients, size) for t in range(rounds)])
+    share = np.bincount(cohorts.ravel()) / rounds
+    assert abs(share - size / clients).max() < 5 * np.sqrt(0.3 * 0.7 / rounds)
+    assert (sample_cohort(1, 0, 100, 50) != sample_cohort(2, 0, 100, 50)).any()
+
+
+@st.composite
+def populations(draw):
+    clients = draw(st.integers(1, 25))
+    r = draw(st.sampled_from([8, 64]))
+    ranks = np.array(draw(st.lists(st.integers(1, r), min_size=clients, max_size=clients)))
+    size = draw(st.integers(1, clients))
+    seed = draw(SEEDS)
+    cohorts = [sample_cohort(seed, t, clients, size) for t in range(4)]
+    return r, ranks, cohorts
+
+
+@given(population=populations(), lanes=st.integers(1, 6), tiered=st.booleans(), most=st.integers(1, 8))
+def test_one_layout_seats_every_cohort(population, lanes, tiered, most):
+    r, ranks, cohorts = population
+    layout = plan_layout(ranks, cohorts, r=r, lanes=lanes, tiered=tiered, max_tiers=most)
+    assert len(layout.caps) == -(-len(cohorts[0]) // lanes)
+    assert sorted(layout.caps, reverse=True) == list(layout.caps)
+    assert max(layout.caps) <= r
+    assert len(layout.tiers) == len(set(layout.caps)) <= (most if tiered else 1)
+    assert sum(count for _, count in layout.tiers) == len(layout.caps)
+    if not tiered:
+        assert set(layout.caps) == {r}
+    for cohort in cohorts:
+        ids = place(cohort, ranks, layout)
+        assert ids.shape == (lanes, len(layout.caps))
+        assert sorted(ids[ids != EMPTY]) == cohort.tolist()
+        taken = ids != EMPTY
+        assert (np.where(taken, ranks[ids], 0) <= np.array(layout.caps)).all()
+
+
+@given(population=populations(), lanes=st.integers(1, 6))
+def test_slots_are_no_larger_than_needed(population, lanes):
+    """Without rounding, each cap is the rank of some client of the population; one cohort on one lane fits exactly."""
+    r, ranks, cohorts = population
+    layout = plan_layout(ranks, cohorts, r=r, lanes=lanes, tiered=True, max_tiers=r)
+    assert set(layout.caps) <= set(ranks.tolist())
+    alone = plan_layout(ranks, cohorts[:1], r=r, lanes=1, tiered=True, max_tiers=r)
+    assert list(alone.caps) == sorted(ranks[cohorts[0]], reverse=True)
+    assert (ranks[place(cohorts[0], ranks, alone)[0]] == alone.caps).all()
+
+
+def test_a_layout_for_one_cohort_need_not_hold_another():
+    ranks = np.array([1, 1, 8])
+    layout = plan_layout(ranks, [np.array([0, 1])], r=8, lanes=1, tiered=True)
+    assert layout.caps == (1, 1)
+    assert ranks[place(np.array([1, 2]), ranks, layout)].max() > max(layout.caps)
+
+
+@pytest.mark.parametrize(("size", "lanes"), [(5, 2), (3, 8), (1, 1), (8, 4)])
+def test_empty_slots_are_the_last_ones(size, lanes):
+    ranks = np.arange(1, size + 1)
+    layout = Layout((size,) * -(-size // lanes), lanes)
+    by_slot = place(np.arange(size), ranks, layout).T.ravel()
+    assert by_slot.tolist() == [*range(size - 1, -1, -1), *[EMPTY] * (by_slot.size - size)]

@@ -1,0 +1,89 @@
+"""The power of the suite: the comparison with the oracle must see each of these faults."""
+
+import importlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import pytest
+import toy
+from compare import check_with_oracle, played
+
+from fslora_jax.federation import local
+from fslora_jax.methods import Combined, Server, base, fslora
+from fslora_jax.sketch import Sketch, draw, gather, scatter_sum
+from fslora_jax.types import Pair
+
+# --- Broken copies: the comparison with the oracle must see each ------------------------------------------------
+
+
+def without_gain(monkeypatch) -> None:
+    def broken(*args) -> Sketch:
+        index, gain = draw(*args)
+        return Sketch(index, (gain > 0).astype(jnp.float32))
+
+    monkeypatch.setattr(importlib.import_module("fslora_jax.methods.fslora"), "draw", broken)
+
+
+def two_sketches(monkeypatch) -> None:
+    def broken(pair: Pair, index) -> Pair:
+        return Pair(gather(pair, index).a, gather(pair, (index + 1) % toy.R).b)
+
+    monkeypatch.setattr(base, "gather", broken)
+
+
+def over_contributors(monkeypatch) -> None:
+    honest = base.weighted_sum
+
+    def broken(r: int, payloads, weights) -> Combined:
+        combined = honest(r, payloads, weights)
+        share = {
+            m: sum(
+                scatter_sum(p.trains[m][..., None], p.index[m], w, r)
+                for p, w in zip(payloads, weights, strict=True)
+            )
+            for m in combined.delta.adapter
+        }
+        adapter = {
+            m: Pair(*(jnp.where(share[m] > 0, x / share[m], 0.0) for x in pair))
+            for m, pair in combined.delta.adapter.items()
+        }
+        return combined._replace(delta=combined.delta._replace(adapter=adapter))
+
+    monkeypatch.setattr(base, "weighted_sum", broken)
+
+
+def decay_everywhere(monkeypatch) -> None:
+    monkeypatch.setattr(local, "masked", lambda updates, trains: updates)
+
+
+def server_moves_everything(monkeypatch) -> None:
+    honest = base.apply_server_optimizer
+
+    def broken(optimizer, server, combined: Combined) -> Server:
+        return honest(
+            optimizer, server, combined._replace(trained_by=jax.tree.map(jnp.ones_like, combined.trained_by))
+        )
+
+    monkeypatch.setattr(base, "apply_server_optimizer", broken)
+
+
+@pytest.mark.parametrize(
+    ("broken", "optimizer", "server", "layout"),
+    [
+        (without_gain, "sgd", "average", "masked"),
+        (two_sketches, "sgd", "average", "masked"),
+        (over_contributors, "sgd", "average", "masked"),
+        (decay_everywhere, "adamw", "average", "masked"),
+        (server_moves_everything, "sgd", "momentum", "tiered"),
+    ],
+)
+def test_the_oracle_sees_a_broken_round(
+    monkeypatch, broken: Callable, optimizer: str, server: str, layout: str
+):
+    check_with_oracle(played(optimizer, server, layout), optimizer, server)
+    broken(monkeypatch)
+    method = fslora(toy.SPEC, toy.SERVERS[server][0])
+    found = toy.play(method, toy.OPTIMIZERS[optimizer][0], tiered=layout == "tiered")
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check_with_oracle(found, optimizer, server)
