@@ -226,6 +226,7 @@ class Config(Section):
         """Size of the cohort."""
         return self.federation.clients_per_round or self.federation.num_clients
 
+
 def known_fields(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """Dotted names of all settings.
 

@@ -3,18 +3,15 @@
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
 from safetensors.numpy import save_file
 
 from fslora_jax.errors import UserError
 from fslora_jax.lora import lora_scale
 from fslora_jax.models.model import Naming
-from fslora_jax.sketch import gather
 from fslora_jax.types import Adapter, Head
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -126,38 +123,16 @@ def write_adapter(
         raise UserError(f"{folder}: cannot be written ({error}); choose another folder") from error
 
 
-def client_adapter(
-    adapter: Adapter, index: Mapping[str, Int[np.ndarray, "N k"]], *, lora_alpha: float, use_rslora: bool
-) -> tuple[Adapter, float]:
-    """One client's sketch as an adapter of rank k, and the ``lora_alpha`` to write it with (without rsLoRA).
+def client_alpha(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """The ``lora_alpha`` of one client's adapter of rank k, to be written without rsLoRA.
 
     The client computes at scale ``s r / k``, where s is the global scale. Plain LoRA of rank k scales by
-    ``alpha / k``, so its alpha is ``s r``.
+    ``alpha / k``, so its alpha is ``s r``, whatever k is.
 
-    Args:
-      adapter: the global one, of rank r.
-      index: module -> the components that the client drew in each layer, spare ones left out.
-      lora_alpha: of the global adapter.
-      use_rslora: of the global adapter.
-
-    Raises:
-      UserError: the index does not name the adapter's modules, or distinct components of 0 to r - 1.
-
-    >>> from fslora_jax.types import Pair
-    >>> ones = {"query": Pair(np.ones((1, 64, 5)), np.ones((1, 64, 7)))}
-    >>> sketch, alpha = client_adapter(ones, {"query": np.arange(8)[None]}, lora_alpha=16, use_rslora=True)
-    >>> sketch["query"].a.shape, alpha
-    ((1, 8, 5), 128.0)
+    >>> client_alpha(64, 16, use_rslora=True)
+    128.0
     """
-    if index.keys() != adapter.keys():
-        raise UserError(f"index: found modules {sorted(index)}; expected the adapter's, {sorted(adapter)}")
-    (r,) = {pair.a.shape[1] for pair in adapter.values()}
-    for module, components in index.items():
-        ascending = np.sort(components)
-        if ascending.min() < 0 or ascending.max() >= r or not np.diff(ascending).all():
-            raise UserError(f"index: {module} needs distinct components of 0 to {r - 1} in each layer")
-    gathered = {module: gather(pair, jnp.asarray(index[module])) for module, pair in adapter.items()}
-    return gathered, lora_scale(r, lora_alpha, use_rslora) * r
+    return lora_scale(r, lora_alpha, use_rslora) * r
 
 
 def _check_free(folder: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fslora_jax.data.packing import pack, rows_needed
+from fslora_jax.data.packing import pack
 from fslora_jax.errors import UserError
 
 LENGTHS = st.lists(st.integers(0, 20), min_size=1, max_size=24)
@@ -34,6 +34,10 @@ def optimum(lengths: list[int], row_length: int) -> int:
         return min([*tried, search(rest[1:], [*free, row_length - rest[0]])])
 
     return search(sorted(lengths, reverse=True), [])
+
+
+def rows_needed(lengths, row_length):
+    return pack(lengths, row_length).max(initial=-1) + 1
 
 
 @given(LENGTHS, st.integers(20, 50))

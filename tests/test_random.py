@@ -7,7 +7,18 @@ from fslora_jax.random import Purpose, device_key, host_rng
 
 def test_purposes_keep_their_numbers():
     """Old runs resume with them: append a purpose, but renumber none."""
-    old = ["INIT", "SPLIT", "PARTITION", "RESOURCES", "COHORT", "SKETCH", "BATCH", "DROPOUT", "NETWORK", "SERVER"]
+    old = [
+        "INIT",
+        "SPLIT",
+        "PARTITION",
+        "RESOURCES",
+        "COHORT",
+        "SKETCH",
+        "BATCH",
+        "DROPOUT",
+        "NETWORK",
+        "SERVER",
+    ]
     assert [purpose.name for purpose in sorted(Purpose)][: len(old)] == old
     assert sorted(Purpose) == list(range(len(Purpose)))
 

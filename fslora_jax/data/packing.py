@@ -29,15 +29,6 @@ def pack(lengths: Int[np.ndarray, "*lead E"], row_length: int) -> Int[np.ndarray
     return rows.reshape(lengths.shape)
 
 
-def rows_needed(lengths: Int[np.ndarray, "*lead E"], row_length: int) -> int:
-    """The rows that hold any one of the batches, packed.
-
-    >>> rows_needed(np.array([[60, 100, 20, 40], [90, 90, 90, 10]]), 128)
-    3
-    """
-    return int(pack(lengths, row_length).max(initial=-1)) + 1
-
-
 def check_lengths(lengths: Int[np.ndarray, "*lead E"], row_length: int) -> None:
     """Refuse an example that no row can hold."""
     if lengths.max(initial=0) > row_length:

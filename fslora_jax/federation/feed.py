@@ -45,11 +45,15 @@ def local_examples(
         if client != EMPTY:
             mine = population.examples[client]
             window = stream(mine, steps.seed, int(client), round * count, count)
-            chosen[slot] = deal(window, population.store.lengths, steps.local_steps) if steps.packing else window
+            chosen[slot] = (
+                deal(window, population.store.lengths, steps.local_steps) if steps.packing else window
+            )
     return chosen.reshape(*ids.shape, steps.local_steps, steps.batch_size)
 
 
-def deal(examples: Int[np.ndarray, " HE"], lengths: Int[np.ndarray, " n"], hands: int) -> Int[np.ndarray, " HE"]:
+def deal(
+    examples: Int[np.ndarray, " HE"], lengths: Int[np.ndarray, " n"], hands: int
+) -> Int[np.ndarray, " HE"]:
     """The examples of a round, dealt to its ``hands`` minibatches by length, there and back like cards.
 
     Minibatches of nearly equal token counts need nearly equal rows, so the static shape is filled better. Which

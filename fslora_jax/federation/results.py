@@ -9,7 +9,7 @@ from fslora_jax.checkpoint import Checkpoints
 from fslora_jax.config import Config, DataConfig
 from fslora_jax.errors import UserError
 from fslora_jax.evaluate import make_evaluation
-from fslora_jax.export import write_adapter
+from fslora_jax.export import client_alpha, write_adapter
 from fslora_jax.federation.client import train_client
 from fslora_jax.federation.setup import Federation, find_examples, initial_server, set_up, test_batches
 from fslora_jax.lora import lora_scale
@@ -65,10 +65,7 @@ def write_global(config: Config, federation: Federation, server: Server, out: Pa
 
 
 def export_client(run_dir: Path, out: Path, client: int, round: int | None = None) -> None:
-    """One client's adapter at its own rank k, after its local steps of the round that follows.
-
-    It trained at scale ``s r / k``; PEFT's plain scale is ``alpha / k``, so alpha is ``s r``.
-    """
+    """One client's adapter at its own rank k, after its local steps of the round that follows."""
     config, federation, server = load_round(run_dir, round)
     local = jax.device_get(train_client(config, federation, server, client))
     write_adapter(
@@ -78,7 +75,7 @@ def export_client(run_dir: Path, out: Path, client: int, round: int | None = Non
         naming=federation.task.model.naming,
         base_model=config.model.name,
         r=int(federation.task.population.ranks[client]),
-        lora_alpha=federation.spec.scale * federation.spec.r,
+        lora_alpha=client_alpha(config.lora.r, config.lora.lora_alpha, config.lora.use_rslora),
         use_rslora=False,
         target_modules=config.lora.target_modules,
         label_names=federation.task.label_names,

@@ -1,7 +1,7 @@
 """From a config to everything a run needs: model, data, clients, method, optimisers, the shape of the cohort."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from fslora_jax.lora import lora_scale, select_targets
 from fslora_jax.methods import METHODS, Method, Server, Spec
 from fslora_jax.models import Model, load_model
 from fslora_jax.random import Purpose, device_key, host_rng
-from fslora_jax.types import Batch, Trainable
+from fslora_jax.types import Batch
 
 EVAL_EXAMPLES = 64
 """Examples of an evaluation batch."""
@@ -171,7 +171,7 @@ def make_client_optimizer(
 def scale_head(factor: float) -> optax.GradientTransformation:
     """Scales the updates of the dense head alone."""
 
-    def scale(updates: Trainable, params: Trainable | None = None) -> Trainable:
+    def scale(updates: Any, params: Any = None) -> Any:
         del params
         return updates._replace(head=jax.tree.map(lambda u: factor * u, updates.head))
 
