@@ -1,14 +1,11 @@
 """Checkpoints of the server: global weights, the server optimiser's state and the round, through orbax."""
 
 import logging
-import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
 from fslora_jax.errors import UserError
@@ -19,7 +16,11 @@ logging.getLogger("absl").setLevel(
 
 
 class Checkpoints:
-    """Steps in one folder, each written under a temporary name and then renamed: a step is whole or not there."""
+    """Steps in one folder, each written under a temporary name and then renamed: a step is whole or not there.
+
+    A state is stored as one flat array. Of several, orbax reads and writes many at once, and when one fails the rest
+    print tracebacks long after its error was caught. Integers up to 2**24 are exact in it.
+    """
 
     def __init__(self, folder: Path, keep: int | None = None):
         """Opens a folder for reading, which changes nothing in it.
@@ -27,7 +28,6 @@ class Checkpoints:
         With ``keep``, the number of newest steps to keep, it is opened for writing: it is made, and what a killed run
         left half-written is cleared away.
         """
-        _drop_late_callbacks()
         self._folder = folder
         writes = keep is not None
         self._manager = ocp.CheckpointManager(
@@ -52,7 +52,7 @@ class Checkpoints:
           UserError: the disk is full or not writable; what was saved before is still there.
         """
         try:
-            self._manager.save(round, args=ocp.args.StandardSave(state))
+            self._manager.save(round, args=ocp.args.StandardSave({"state": ravel_pytree(state)[0]}))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{self._folder / str(round)}: the checkpoint cannot be written: {_first_line(error)}; free some "
@@ -65,31 +65,19 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is damaged or of another configuration.
         """
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        flat, unravel = ravel_pytree(like)
         try:
-            return self._manager.restore(round, args=ocp.args.StandardRestore(abstract))
+            found = self._manager.restore(round, args=ocp.args.StandardRestore({"state": flat}))
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"{self._folder / str(round)}: the checkpoint cannot be read: {_first_line(error)}; delete this "
                 "folder to go on from the one before"
             ) from None
+        return jax.device_put(unravel(found["state"]), jax.tree.map(lambda x: x.sharding, like))
 
     def close(self) -> None:
         """Releases the folder."""
         self._manager.close()
-
-
-def _drop_late_callbacks() -> None:
-    """Silences reads and writes that are under way when orbax gives up: each would print a traceback of its own."""
-    if getattr(sys.unraisablehook, "func", None) is not _unless_late:
-        sys.unraisablehook = partial(_unless_late, sys.unraisablehook)
-
-
-def _unless_late(hook: Callable[[Any], object], found: Any) -> None:
-    """Passes on what nobody caught, unless it comes out of orbax's coroutines or finds their event loop closed."""
-    code = getattr(found.object, "cr_code", None)
-    if str(found.exc_value) != "Event loop is closed" and (code is None or "orbax" not in code.co_filename):
-        hook(found)
 
 
 def _first_line(error: Exception) -> str:

@@ -74,6 +74,9 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
     done = max(checkpoints.rounds(), default=0)
     if done:
         server = checkpoints.restore(done, server)
+    if done == num_rounds:  # killed between the last checkpoint and the summary
+        checkpoints.close()
+        return server, 0.0
     loggers = open_loggers(config.loggers, run_dir, done)
     clock = JsonLines(run_dir / "timings.jsonl", done)
     keys = jax.device_put(

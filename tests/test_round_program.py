@@ -1,0 +1,159 @@
+"""The compiled round of a real encoder: every frozen weight meets the whole cohort once, uncopied and without gradient.
+
+Sizes are chosen so that no two arrays share a shape by chance. Each check has a program that it must refuse.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+
+import hlo
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+import toy
+from hlo import Product
+
+from fslora_jax.federation import round as round_module
+from fslora_jax.federation.cohort import Layout
+from fslora_jax.federation.local import ClientOptimizer, cross_entropy, train
+from fslora_jax.federation.round import Cohort, make_round
+from fslora_jax.lora import select_targets
+from fslora_jax.methods import Client, Spec, fedit, fslora
+from fslora_jax.models import Model, build_model
+from fslora_jax.types import Batch
+
+C, H, B, L, E, N, D, F, V, R = 5, 2, 3, 11, 4, 3, 34, 58, 47, 8
+CONFIG = {
+    "model_type": "bert",
+    "vocab_size": V,
+    "hidden_size": D,
+    "num_hidden_layers": N,
+    "num_attention_heads": 2,
+    "intermediate_size": F,
+    "max_position_embeddings": 19,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "initializer_range": 0.02,
+    "hidden_act": "gelu",
+}
+KERNELS = {(D, D), (D, F), (F, D)}
+ROWS = C * B * L
+
+# Six products forward and, for the gradient at the activations, six backward; query, key, value and output are (D, D).
+EXPECTED = {
+    Product((ROWS, D), (D, D), 0): 4,
+    Product((ROWS, D), (D, F), 0): 1,
+    Product((ROWS, F), (F, D), 0): 1,
+    Product((ROWS, D), (D, D), 1): 4,
+    Product((ROWS, F), (D, F), 1): 1,
+    Product((ROWS, D), (F, D), 1): 1,
+}
+
+
+@cache
+def model() -> Model:
+    return build_model(CONFIG, num_labels=3, pooling="mean", lora_dropout=0.1)
+
+
+def compiled(
+    apply: Callable | None = None,
+    *,
+    method=fedit,
+    caps: tuple[int, ...] = (R,) * C,
+    dropout: bool = False,
+    stack: int = 0,
+) -> str:
+    """The optimised program of a round; ``stack`` gives the base a leading axis. Nothing is run."""
+    targets = select_targets(model().modules, ["query", "value", "output.dense"])
+    federated = method(Spec(targets, R, 1.0), optax.sgd(1.0))
+    one_round = make_round(
+        apply or model().apply,
+        federated,
+        ClientOptimizer(optax.trace(0.9), lambda step: jnp.float32(0.1)),
+        Layout(caps, 1),
+        local_steps=H,
+        dropout=dropout,
+    )
+
+    def arguments():
+        key = jax.random.key(0)
+        base = model().init_base(key)
+        if stack:
+            base = jax.tree.map(lambda x: jnp.stack([x] * stack), base)
+        rows, examples = jnp.ones((C, H, B, L), jnp.int32), jnp.ones((C, H, E))
+        batch = Batch(rows, rows, rows, rows, examples.astype(jnp.int32), examples)
+        clients = Client(jnp.arange(C), jnp.array(caps), jnp.full(C, 1 / C))
+        cohort = jax.tree.map(lambda x: x[None, None], Cohort(clients, batch))
+        return base, federated.init(key, model().init_head(key)), round_module.Keys(key, key), cohort
+
+    shapes = jax.eval_shape(arguments)
+    return jax.jit(one_round, compiler_options=toy.QUICK).lower(*shapes).compile().as_text()
+
+
+@cache
+def honest() -> str:
+    """FSLoRA in tiers of ranks 8, 4 and 2, with dropout."""
+    return compiled(method=fslora, caps=(8, 4, 4, 2, 2), dropout=True)
+
+
+def test_every_frozen_weight_meets_the_whole_cohort_once():
+    assert hlo.frozen_products(honest(), KERNELS) == EXPECTED
+
+
+def test_no_client_has_a_copy_of_a_frozen_weight():
+    assert hlo.copies(honest(), {*KERNELS, (V, D)}, N) == set()
+
+
+def test_no_frozen_weight_has_a_gradient():
+    assert hlo.kernel_gradients(honest(), KERNELS) == []
+
+
+def test_the_checks_see_a_base_stacked_over_clients():
+    """Also where a tier has as many clients as ... the model has layers: the layer axis comes on top."""
+
+    def apply(base, tiers, batch, keys):
+        def alone(base, tier, batch):
+            tier, batch = jax.tree.map(lambda x: x[None], (tier, batch))
+            return model().apply(base, [tier], batch)[0]
+
+        return jax.vmap(alone)(base, tiers[0], batch)
+
+    text = compiled(apply, stack=C)
+    assert hlo.frozen_products(text, KERNELS) != EXPECTED
+    assert (C, D, F) in hlo.copies(text, KERNELS, N)
+
+
+def test_the_checks_see_clients_one_by_one():
+    def apply(base, tiers, batch, keys):
+        def part(tree, c: int):
+            return jax.tree.map(lambda x: x[c : c + 1], tree)
+
+        return jnp.concatenate([model().apply(base, [part(tiers[0], c)], part(batch, c)) for c in range(C)])
+
+    found = hlo.frozen_products(compiled(apply), KERNELS)
+    assert found[Product((B * L, D), (D, F), 0)] == C
+
+
+def test_the_checks_see_a_second_forward_pass(monkeypatch):
+    policies = jax.checkpoint_policies
+    monkeypatch.setattr(policies, "dots_with_no_batch_dims_saveable", policies.nothing_saveable)
+    found = hlo.frozen_products(compiled(), KERNELS)
+    assert found[Product((ROWS, D), (D, F), 0)] == 2
+
+
+def test_the_checks_see_a_gradient_of_the_base(monkeypatch):
+    def wasteful(apply, optimizer, base, tiers, batches, first_step, keys):
+        after, losses = train(apply, optimizer, base, tiers, batches, first_step, keys)
+        batch = jax.tree.map(lambda x: x[:, 0], batches)
+        gradient = jax.grad(lambda base: cross_entropy(apply(base, after, batch, keys), batch).sum())(base)
+        return after, losses + sum(abs(g).sum() for g in jax.tree.leaves(gradient))
+
+    monkeypatch.setattr(round_module, "train", wasteful)
+    assert len(hlo.kernel_gradients(compiled(), KERNELS)) >= 6
+
+
+@pytest.mark.parametrize("method", [fedit, fslora])
+def test_frozen_products_do_not_depend_on_the_method(method):
+    text = compiled(method=method)
+    assert hlo.frozen_products(text, KERNELS) == EXPECTED
