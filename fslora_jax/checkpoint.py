@@ -1,26 +1,55 @@
-"""Checkpoints of the server: global weights, the server optimiser's state and the round, through orbax."""
+"""Checkpoints of the server: global weights, the server optimiser's state and the round."""
 
+import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
+from safetensors import SafetensorError, flax
 
 from fslora_jax.errors import UserError
 
-logging.getLogger("absl").setLevel(
-    logging.CRITICAL
-)  # orbax reports every step, and errors that it also raises
+FILE = "server.safetensors"
+
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax reports every step of every save
+
+
+class _Handler(ocp.CheckpointHandler):
+    """One safetensors file; orbax's own handlers read and write many arrays at once, and when one of them fails the
+    others print tracebacks long after its error was caught."""
+
+    def save(self, directory: Path, args: "_State") -> None:
+        if jax.process_index() == 0:
+            (directory / FILE).write_bytes(flax.save(_by_name(args.tree)))
+
+    def restore(self, directory: Path, args: "_State") -> PyTree:
+        found, like = flax.load((directory / FILE).read_bytes()), _by_name(args.tree)
+        for name in {**like, **found}:
+            had, wants = (
+                f"{x[name].dtype}{list(x[name].shape)}" if name in x else None for x in (found, like)
+            )
+            if had != wants:
+                raise ValueError(f"{name} is {had}, expected {wants}")
+        leaves, tree = jax.tree.flatten(args.tree)
+        placed = [jax.device_put(found[n], x.sharding) for n, x in zip(like, leaves, strict=True)]
+        return jax.tree.unflatten(tree, placed)
+
+
+@ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _State(ocp.args.CheckpointArgs):
+    tree: Any
+
+
+def _by_name(tree: PyTree) -> dict[str, jax.Array]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 class Checkpoints:
-    """Steps in one folder, each written under a temporary name and then renamed: a step is whole or not there.
-
-    A state is stored as one flat array. Of several, orbax reads and writes many at once, and when one fails the rest
-    print tracebacks long after its error was caught. Integers up to 2**24 are exact in it.
-    """
+    """Steps in one folder, each written under a temporary name and then renamed: a step is whole or not there."""
 
     def __init__(self, folder: Path, keep: int | None = None):
         """Opens a folder for reading, which changes nothing in it.
@@ -39,6 +68,7 @@ class Checkpoints:
                 cleanup_tmp_directories=writes,
                 enable_async_checkpointing=False,
             ),
+            item_handlers=_Handler(),
         )
 
     def rounds(self) -> list[int]:
@@ -52,7 +82,7 @@ class Checkpoints:
           UserError: the disk is full or not writable; what was saved before is still there.
         """
         try:
-            self._manager.save(round, args=ocp.args.StandardSave({"state": ravel_pytree(state)[0]}))
+            self._manager.save(round, args=_State(state))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{self._folder / str(round)}: the checkpoint cannot be written: {_first_line(error)}; free some "
@@ -65,15 +95,13 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is damaged or of another configuration.
         """
-        flat, unravel = ravel_pytree(like)
         try:
-            found = self._manager.restore(round, args=ocp.args.StandardRestore({"state": flat}))
-        except (OSError, ValueError, KeyError) as error:
+            return self._manager.restore(round, args=_State(like))
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"{self._folder / str(round)}: the checkpoint cannot be read: {_first_line(error)}; delete this "
                 "folder to go on from the one before"
             ) from None
-        return jax.device_put(unravel(found["state"]), jax.tree.map(lambda x: x.sharding, like))
 
     def close(self) -> None:
         """Releases the folder."""

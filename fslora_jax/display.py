@@ -27,11 +27,11 @@ class TerminalDisplay:
         self._bar = self._progress.add_task("rounds", total=None, values="", visible=False)
 
     def __enter__(self) -> "TerminalDisplay":
-        self._progress.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:
+            self._progress.stop()
 
     def stage(self, text: str) -> None:
         """One line for what happens now."""
@@ -39,6 +39,7 @@ class TerminalDisplay:
 
     def round(self, done: int, total: int, values: dict[str, float]) -> None:
         """Moves the bar on; loss, last known accuracy, traffic so far, speed."""
+        self._progress.start()  # not before, or an error of the start would come with an empty bar
         self._accuracy = values.get("eval/accuracy", self._accuracy)
         sent = (values["traffic/up_bytes"] + values["traffic/down_bytes"]) / MB
         text = (

@@ -114,6 +114,7 @@ def write_adapter(
             fresh = Path(scratch) / "fresh"
             fresh.mkdir()
             save_file(dict(_tensors(adapter, head, naming)), fresh / WEIGHTS, metadata=metadata)
+            _order_metadata(fresh / WEIGHTS)
             (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             (fresh / CARD).write_text(_card(naming, base_model, r, label_names), encoding="utf-8")
             if folder.exists():
@@ -152,6 +153,16 @@ def _tensors(adapter: Adapter, head: Head, naming: Naming) -> Iterator[tuple[str
     for module, leaves in head.items():
         for name, value in leaves.items():
             yield f"{ROOT}{module}.{LEAVES[name]}", np.ascontiguousarray(np.asarray(value, np.float32).T)
+
+
+def _order_metadata(path: Path) -> None:
+    """Sorts what safetensors writes in a random order, so that equal adapters are equal files."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    path.write_bytes(content[:8] + text.ljust(end - 8) + content[end:])
 
 
 def _target_pattern(naming: Naming, target_modules: Sequence[str]) -> str:

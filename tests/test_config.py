@@ -187,7 +187,7 @@ def test_every_setting_is_described():
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("num_rounds", "federation.num_rounds"), ("lora.rank", "lora.r"), ("client_optimizer.lr", "client_optimizer.b1")],
+    [("num_rounds", "federation.num_rounds"), ("lora.rank", "lora.r"), ("federation.rounds", "federation.num_rounds")],
 )
 def test_a_suggestion_is_the_setting_that_was_meant(name, meant):
     assert suggest(name, known_fields()) == f"; did you mean {meant}?"

@@ -275,6 +275,17 @@ def test_drop_keeps_the_mean(rate):
     np.testing.assert_allclose(dropped.mean(), 1, atol=5 * (rate / (1 - rate) / 1e5) ** 0.5)
 
 
+def test_scores_are_float32_under_bfloat16():
+    q, k, v = (s * jax.random.normal(jax.random.key(n), (1, 2, 8, 16)) for n, s in enumerate((8, 8, 1)))
+    # One head of width 16: its scale 1/4 is exact in bfloat16, so only the scores can differ.
+    half = [m.astype(jnp.bfloat16) for m in (q, k, v)]
+    exact = [m.astype(jnp.float32) for m in half]
+    bias = jnp.zeros((1, 2, 1, 8, 8))
+    got = layers.attention(*half, bias, heads=1)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(jnp.float32), layers.attention(*exact, bias, heads=1), atol=2e-2)
+
+
 @pytest.mark.parametrize("act", layers.ACTIVATIONS)
 def test_activations_equal_transformers(act):
     x = np.linspace(-4, 4, 41, dtype=np.float32)

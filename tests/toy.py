@@ -137,9 +137,13 @@ def make_population(ranks: np.ndarray = RANKS, shares: np.ndarray | None = None,
 POPULATION = make_population()
 
 
-def run_keys(seed: int = 5) -> Keys:
-    """The base keys of a run."""
-    return Keys(device_key(seed, Purpose.SKETCH), device_key(seed, Purpose.DROPOUT))
+def run_keys(seed: int = 5, mesh: Mesh | None = None) -> Keys:
+    """The base keys of a run; computed in place, since ``device_put`` refuses keys on a mesh of several processes."""
+
+    def keys() -> Keys:
+        return Keys(device_key(seed, Purpose.SKETCH), device_key(seed, Purpose.DROPOUT))
+
+    return jax.jit(keys, out_shardings=shardings(mesh)[0])()
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
@@ -205,7 +209,8 @@ def play(
         layout = plan_layout(population.ranks, cohorts, r=R, lanes=lanes, tiered=tiered)
     one_round = compiled_round(method, optimizer, layout, dropout, mesh)
     first = start(method) if server is None else server
-    base, keys, server = jax.device_put((BASE, run_keys(seed), first), shardings(mesh)[0])
+    keys = run_keys(seed, mesh)
+    base, server = jax.device_put((BASE, first), shardings(mesh)[0])
     servers, losses = [server], {}
     for t, ids in enumerate(cohorts):
         cohort = make_cohort(

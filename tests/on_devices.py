@@ -1,0 +1,97 @@
+"""Checks that need several devices: `test_devices.py` runs them in a process of its own, with eight virtual ones.
+
+One device is the truth here: whole rounds on a mesh against the same rounds on one device, or against the oracle.
+"""
+
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy
+from compare import check_with_oracle, close, flat
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fslora_jax.federation.cohort import plan_layout
+from fslora_jax.federation.feed import make_cohort
+from fslora_jax.federation.local import ClientOptimizer
+from fslora_jax.federation.round import CLIENTS, shardings
+from fslora_jax.methods import METHODS, Method, Server, fedit
+
+MOMENTUM, ADAMW = toy.OPTIMIZERS["momentum"][0], toy.OPTIMIZERS["adamw"][0]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_identity_7_eight_devices_are_one(name):
+    """Three clients on eight devices, so most are empty; a server with momentum; dropout by client."""
+    method = METHODS[name](toy.SPEC, toy.SERVERS["momentum"][0])
+    alone, spread = (toy.play(method, MOMENTUM, dropout=0.4, mesh=mesh) for mesh in (None, toy.mesh_of(8)))
+    for one, eight in zip(alone.servers, spread.servers, strict=True):
+        close(flat(eight.weights), flat(one.weights), 5e-6)
+        assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(eight))
+    close(spread.losses, alone.losses)
+
+
+def test_identity_7_two_devices_with_chunks_in_tiers_are_the_equations():
+    """Seven clients in eight slots: two devices, two chunks, two slots each."""
+    cohorts = [toy.EVERYBODY, toy.EVERYBODY]
+    found = toy.play(toy.METHOD, ADAMW, cohorts=cohorts, mesh=toy.mesh_of(2), chunks=2)
+    check_with_oracle(found, "adamw", cohorts=cohorts)
+    assert len(plan_layout(toy.RANKS, cohorts, r=toy.R, lanes=4, tiered=True).tiers) == 2
+
+
+def program(slots: int, method: Method, optimizer: ClientOptimizer) -> str:
+    """The round on eight devices with ``slots`` clients each."""
+    mesh, clients = toy.mesh_of(8), 8 * slots
+    population = toy.make_population(ranks=np.full(clients, 2))
+    ids = np.arange(clients)
+    layout = plan_layout(population.ranks, [ids], r=toy.R, lanes=8, tiered=True)
+    cohort = make_cohort(
+        population, toy.STEPS, layout, ids, 0, num_rows=toy.STEPS.batch_size, chunks=1, mesh=mesh
+    )
+    server, base = jax.device_put((toy.start(method), toy.BASE), shardings(mesh)[0])
+    one_round = toy.compiled_round(method, optimizer, layout, 0.0, mesh)
+    return one_round.lower(base, server, toy.run_keys(mesh=mesh), cohort).compile().as_text()
+
+
+def exchanged() -> dict[str, int]:
+    """The sum of adapter and head, and by how many each component was trained, in 4 bytes each."""
+    adapter_and_head = sum(x.size for x in jax.tree.leaves(toy.start(toy.METHOD).weights))
+    return {"all-reduce": 4 * (adapter_and_head + len(toy.TARGETS) * toy.LAYERS * toy.R)}
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_devices_exchange_one_sum_of_the_adapter_whatever_the_cohort(slots):
+    assert hlo.collectives(program(slots, toy.METHOD, MOMENTUM)) == exchanged()
+
+
+def test_the_check_sees_a_gradient_summed_over_devices(monkeypatch):
+    """Without a copy of the server for each device, autodiff would add up the gradients of all devices."""
+    honest = jax.lax.pcast
+
+    def broken(x, *args, **kwargs):
+        return x if isinstance(x, Server) else honest(x, *args, **kwargs)
+
+    monkeypatch.setattr(jax.lax, "pcast", broken)
+    assert (
+        hlo.collectives(program(1, fedit(toy.SPEC, optax.sgd(1.0)), toy.OPTIMIZERS["sgd"][0])) != exchanged()
+    )
+
+
+def test_the_check_sees_other_collectives():
+    mesh = toy.mesh_of(8)
+    x = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P(CLIENTS)))
+    for spec, kind in ((P(), "all-gather"), (P(None, CLIENTS), "all-to-all")):
+        text = jax.jit(lambda x: x + 1, out_shardings=NamedSharding(mesh, spec)).lower(x).compile().as_text()
+        assert kind in hlo.collectives(text)
+
+
+def test_the_cohort_is_fed_the_same_on_any_mesh():
+    layout = plan_layout(toy.RANKS, [toy.EVERYBODY], r=toy.R, lanes=8, tiered=True)
+    options = {"num_rows": toy.STEPS.batch_size, "chunks": 2}
+    alone = make_cohort(toy.POPULATION, toy.STEPS, layout, toy.EVERYBODY, 1, **options)
+    spread = make_cohort(toy.POPULATION, toy.STEPS, layout, toy.EVERYBODY, 1, **options, mesh=toy.mesh_of(4))
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

@@ -1,0 +1,175 @@
+"""A run that is killed, at any moment and several times, ends as one that never was: the same bytes."""
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import runs
+
+from fslora_jax.federation import loop
+
+DIE = "import os, signal\ndie = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
+IN_ROUND = """
+from fslora_jax.federation import loop
+measure = loop.Meter.measure
+loop.Meter.measure = lambda self, t, *rest: die() if t + 1 == {round} else measure(self, t, *rest)
+"""
+HALF_A_CHECKPOINT = """
+from pathlib import Path
+from fslora_jax import checkpoint
+from safetensors import flax
+def save(self, directory, args):
+    content = flax.save(checkpoint._by_name(args.tree))
+    Path(directory / checkpoint.FILE).write_bytes(content[: len(content) // 2])
+    if "{round}." in str(directory):
+        die()
+    Path(directory / checkpoint.FILE).write_bytes(content)
+checkpoint._Handler.save = save
+"""
+BEFORE = """
+import sys
+sys.addaudithook(lambda event, args: event == {event!r} and {part!r} in str(args[0]) and die())
+"""
+# Name -> (what the child does to die, the rounds in its metrics, the checkpoints it leaves behind)
+MOMENTS = {
+    "in the first round": (IN_ROUND.format(round=1), [0], []),
+    "before the first checkpoint": (IN_ROUND.format(round=2), [0, 1], []),
+    "in a later round": (IN_ROUND.format(round=4), [0, 1, 2, 3], ["2"]),
+    "in the writing of a checkpoint": (HALF_A_CHECKPOINT.format(round=4), [0, 1, 2, 3, 4], ["2"]),
+    "before a checkpoint gets its name": (
+        BEFORE.format(event="os.rename", part="/checkpoints/4.orbax-checkpoint-tmp"),
+        [0, 1, 2, 3, 4],
+        ["2"],
+    ),
+}
+SLOW = """
+import time
+from fslora_jax.display import TerminalDisplay
+TerminalDisplay.round = lambda *_: time.sleep(0.4)
+"""
+
+
+def arguments(world: runs.World, run: Path) -> tuple[object, ...]:
+    return "train", world.config, "--run-dir", run
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_ends_as_one_that_was_not(world, finished, tmp_path, moment):
+    death, rounds, saved = MOMENTS[moment]
+    run = tmp_path / "run"
+    killed = runs.finish(runs.start(world, *arguments(world, run), driver=DIE + death))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [record["round"] for record in runs.records(run)] == rounds
+    assert checkpoints(run) == saved
+    assert not (run / "summary.json").exists()
+    runs.call(world, *arguments(world, run))
+    assert runs.results(run) == runs.results(finished)
+    assert not list((run / "checkpoints").glob("*tmp*"))
+
+
+def wait_for_rounds(run: Path, number: int, process, seconds: float = 90) -> None:
+    """Until the metrics have so many lines."""
+    end = time.monotonic() + seconds
+    path = run / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < number:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_killed_from_outside_at_random_moments_while_another_process_is_refused(world, finished, tmp_path, capsys):
+    run, chance = tmp_path / "run", random.Random(0)
+    for number in (1, 3):
+        process = runs.start(world, *arguments(world, run), driver=SLOW)
+        try:
+            wait_for_rounds(run, number, process)
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as caught:
+                runs.call(world, *arguments(world, run))
+            assert caught.value.code == 2
+            err = capsys.readouterr().err
+            assert err.startswith(f"fslora: error: {run}: another process is working in it")
+            assert err.count("\n") == 1
+            time.sleep(chance.uniform(0, 0.8))
+        finally:
+            process.kill()
+            process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 4, "train/lo')
+    runs.call(world, *arguments(world, run))
+    assert runs.results(run) == runs.results(finished)
+
+
+class Camera:
+    """Copies a folder before every file operation inside it: what a kill at that moment would leave behind."""
+
+    def __init__(self, folder: Path, album: Path):
+        self.folder, self.album, self.on = folder, album, False
+        album.mkdir()
+
+    def hook(self, event: str, args: tuple) -> None:
+        changes = event in ("os.rename", "os.mkdir", "os.remove", "shutil.rmtree") or (
+            event == "open" and bool(args[2] & (os.O_WRONLY | os.O_RDWR))
+        )
+        if self.on and changes and str(args[0]).startswith(f"{self.folder}/") and not str(args[0]).endswith(".lock"):
+            self.on = False
+            shutil.copytree(self.folder, self.album / f"{len(list(self.album.iterdir())):03}")
+            self.on = True
+
+
+@contextmanager
+def filming(folder: Path, album: Path) -> Iterator[Camera]:
+    """An audit hook cannot be taken out again, only switched off."""
+    camera = Camera(folder, album)
+    sys.addaudithook(camera.hook)
+    camera.on = True
+    try:
+        yield camera
+    finally:
+        camera.on = False
+
+
+def test_before_any_file_operation_a_kill_changes_nothing(world, finished, tmp_path, monkeypatch):
+    """A sample of all moments between two changes on disk, the first and the last among them."""
+    compile_round, programs = loop.compile_round, []
+
+    def compile_once(*arguments):
+        programs[:] = programs or [compile_round(*arguments)]
+        return programs[0]
+
+    monkeypatch.setattr(loop, "compile_round", compile_once)
+    monkeypatch.setattr(loop.figures, "run_figures", lambda records, folder: None)  # they take most of the time
+    monkeypatch.setattr(loop.figures, "partition_figure", lambda counts, names, path: None)
+    run = tmp_path / "run"
+    with filming(run, tmp_path / "album"):
+        runs.call(world, *arguments(world, run))
+    moments = sorted((tmp_path / "album").iterdir())
+    assert len(moments) > 40
+    wanted = runs.results(finished)
+    for moment in [*moments[:: len(moments) // 10], moments[-1]]:
+        runs.call(world, *arguments(world, moment))
+        for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+            assert (moment / name).read_bytes() == wanted[name], (moment.name, name)
+
+
+def test_a_finished_run_is_not_run_again(world, finished, capsys):
+    before = runs.snapshot(finished)
+    runs.call(world, "train", finished.with_suffix(".yaml"), "--run-dir", finished)
+    out, err = capsys.readouterr()
+    assert runs.snapshot(finished) == before
+    assert "already finished" in err
+    assert "compiling" not in err
+    assert "held-out examples" in out
+    assert f"PEFT adapter: {finished / 'adapter'}" in out
