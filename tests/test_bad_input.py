@@ -49,7 +49,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"federation__num_roundz": 3}, "unknown setting federation.num_roundz; did you mean federation.num_rounds?"),
+        (
+            {"federation__num_roundz": 3},
+            "unknown setting federation.num_roundz; did you mean federation.num_rounds?",
+        ),
         ({"federation__sketching_ratios": [0.0]}, "federation.sketching_ratios.0: found 0.0"),
         ({"federation__sketching_ratios": [1.5]}, "federation.sketching_ratios.0: found 1.5"),
         ({"federation__sketching_ratios": [0.5, -1]}, "federation.sketching_ratios.1: found -1"),
@@ -76,7 +79,10 @@ def test_a_wrong_setting_makes_no_folder(world, capsys, tmp_path, changes, words
         ({"lora__target_modules": ["query", "q_proj"]}, "lora.target_modules: 'q_proj' matches no module"),
         ({"data__label_column": "mood"}, "no columns named 'mood'; the columns are 'text', 'label'"),
         ({"data__text_columns": ["sentence"]}, "no columns named 'sentence'"),
-        ({"data__label_names": ["neg", "neutral"]}, "label 'pos' is not among label_names ('neg', 'neutral')"),
+        (
+            {"data__label_names": ["neg", "neutral"]},
+            "label 'pos' is not among label_names ('neg', 'neutral')",
+        ),
         ({"data__max_length": 21}, "data.max_length: found 21, but the model in model takes at most 20"),
         ({"data__max_length": 2}, "special tokens alone take 2"),
         ({"data__test_examples": 96}, "96; expected 1 to 95"),
@@ -85,7 +91,9 @@ def test_a_wrong_setting_makes_no_folder(world, capsys, tmp_path, changes, words
     ],
     ids=str,
 )
-def test_a_setting_that_does_not_fit_can_be_corrected_in_place(world, capsys, tmp_path, changes, words, monkeypatch):
+def test_a_setting_that_does_not_fit_can_be_corrected_in_place(
+    world, capsys, tmp_path, changes, words, monkeypatch
+):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     config = runs.write_config(tmp_path / "c.yaml", world, **changes)
     assert words in refusal(world, capsys, "train", config, "--run-dir", tmp_path / "run")
@@ -102,10 +110,16 @@ def test_a_setting_that_does_not_fit_can_be_corrected_in_place(world, capsys, tm
         ("train {none}", "none.yaml: cannot be read: No such file"),
         ("train {folder}", "cannot be read: Is a directory"),
         ("train {config} --federation.num-roundz 3", "num-roundz; did you mean federation.num_rounds?"),
-        ("train {config} --num-rounds 3", "unknown argument --num-rounds; did you mean federation.num_rounds?"),
+        (
+            "train {config} --num-rounds 3",
+            "unknown argument --num-rounds; did you mean federation.num_rounds?",
+        ),
         ("train {config} more", "unknown argument more"),
         ("train {config} --lora.r 0", "settings: lora.r: found 0"),
-        ("train {config} --federation.sketching-ratios 0.5 7", "settings: federation.sketching_ratios.1: found 7"),
+        (
+            "train {config} --federation.sketching-ratios 0.5 7",
+            "settings: federation.sketching_ratios.1: found 7",
+        ),
         ("train {config} --run-dir {config}", "is a file; expected a folder for --run-dir"),
         ("train {config} --run-dir {model}", "not empty and no run folder (it has no config.yaml)"),
         ("train {config} --run-dir {config}/run", "cannot be made or written: Not a directory"),
@@ -133,7 +147,13 @@ def test_a_wrong_command_line(world, capsys, tmp_path, argv, words):
 
 @pytest.mark.parametrize(
     "argv",
-    ["train {config} --lora.r abc", "train {config} --model.dtype float8", "export {config}", "eval", "eval --split"],
+    [
+        "train {config} --lora.r abc",
+        "train {config} --model.dtype float8",
+        "export {config}",
+        "eval",
+        "eval --split",
+    ],
 )
 def test_what_the_argument_parser_refuses_itself(world, capsys, argv):
     with pytest.raises(SystemExit) as caught:
@@ -158,7 +178,10 @@ def test_files_that_are_no_config(world, capsys, tmp_path, content):
         ("export {run} --out {model}", "exists and is no adapter"),
         ("eval {run} --data {model}/config.json", "config.json"),
         ("eval {run}/adapter --data {data} --label-column mood", "no columns named 'mood'"),
-        ("train {config} --run-dir {run} --seed 1 --lora.r 4", "holds a run with lora.r = 8, but this config has 4 (and 1"),
+        (
+            "train {config} --run-dir {run} --seed 1 --lora.r 4",
+            "holds a run with lora.r = 8, but this config has 4 (and 1",
+        ),
     ],
 )
 def test_a_finished_run_is_not_touched(world, finished, capsys, tmp_path, argv, words):
@@ -227,12 +250,18 @@ SPOILT = {
     "a label missing": ("texts.csv", replace(b",pos", b","), "column 'label' holds ''"),
     "weights cut": ("model/model.safetensors", cut, "damaged safetensors file"),
     "weights gone": ("model/model.safetensors", Path.unlink, "lacks model.safetensors"),
-    "weights of another": ("model/config.json", replace(b'"hidden_size": 16', b'"hidden_size": 32'), "has shape"),
+    "weights of another": (
+        "model/config.json",
+        replace(b'"hidden_size": 16', b'"hidden_size": 32'),
+        "has shape",
+    ),
     "config cut": ("model/config.json", cut, "not JSON"),
     "tokenizer cut": ("model/tokenizer.json", cut, "not a tokenizer"),
     "tokenizer of another": (
         "model/tokenizer.json",
-        lambda path: runs.make_tokenizer([*runs.VOCABULARY[:4], *"xyz", *runs.VOCABULARY[4:]]).save(str(path)),
+        lambda path: runs.make_tokenizer([*runs.VOCABULARY[:4], *"xyz", *runs.VOCABULARY[4:]]).save(
+            str(path)
+        ),
         "wrong tokenizer: it gives token",
     ),
     "checkpoint cut": ("run/checkpoints/2/default/server.safetensors", cut, "delete this folder to go on"),
@@ -294,7 +323,9 @@ def test_a_loss_that_is_not_finite_names_round_and_client(interrupted, capsys):
     save_file(tensors, path, metadata={"format": "pt"})
     checkpoints = contents(interrupted.run / "checkpoints")
     message = interrupted.refused(capsys)
-    assert message.startswith(tuple(f"round {failing}: client {client}: loss nan at local step" for client in clients))
+    assert message.startswith(
+        tuple(f"round {failing}: client {client}: loss nan at local step" for client in clients)
+    )
     assert contents(interrupted.run / "checkpoints") == checkpoints
     assert [record["round"] for record in runs.records(interrupted.run)] == list(range(failing))
 
@@ -304,6 +335,23 @@ def test_a_learning_rate_far_too_large_is_told_with_round_and_client(world, caps
     message = refusal(world, capsys, "train", config, "--run-dir", tmp_path / "run")
     assert message.startswith("round 1: client ")
     assert "at local step 2; lower client_optimizer.learning_rate" in message
+
+
+def test_weights_that_blow_up_in_the_last_step_are_not_exported(world, capsys, tmp_path):
+    """Every loss is that before a step, so only the evaluation sees what the last step did."""
+    config = runs.write_config(
+        tmp_path / "c.yaml",
+        world,
+        client_optimizer__learning_rate=1e30,
+        federation__local_steps=1,
+        federation__num_rounds=1,
+    )
+    message = refusal(world, capsys, "train", config, "--run-dir", tmp_path / "run")
+    assert message.startswith(
+        "round 1: loss nan on the held-out examples; lower client_optimizer.learning_rate"
+    )
+    assert [record["round"] for record in runs.records(tmp_path / "run")] == [0]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 @pytest.fixture
@@ -345,7 +393,9 @@ def test_a_full_disk_in_a_checkpoint_loses_nothing(interrupted, finished, small_
     monkeypatch.undo()
     assert "No space left on device" in message
     assert str(here.run / "checkpoints" / "4") in message
-    assert {name: content for name, content in contents(here.run / "checkpoints").items() if name[0] == "2"} == checkpoints
+    assert {
+        name: content for name, content in contents(here.run / "checkpoints").items() if name[0] == "2"
+    } == checkpoints
     (small_disk / ".ballast").unlink()
     assert here.finish()["metrics.jsonl"] == (finished / "metrics.jsonl").read_bytes()
 
@@ -368,7 +418,9 @@ def test_a_full_disk_in_the_metrics_loses_nothing(interrupted, finished, small_d
     assert here.finish()["metrics.jsonl"] == (finished / "metrics.jsonl").read_bytes()
 
 
-def test_a_limit_on_the_size_of_files_in_a_checkpoint_loses_nothing(interrupted, finished, capsys, monkeypatch):
+def test_a_limit_on_the_size_of_files_in_a_checkpoint_loses_nothing(
+    interrupted, finished, capsys, monkeypatch
+):
     save = Checkpoints.save
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     checkpoints = contents(interrupted.run / "checkpoints")
@@ -385,7 +437,9 @@ def test_a_limit_on_the_size_of_files_in_a_checkpoint_loses_nothing(interrupted,
     monkeypatch.undo()
     assert str(interrupted.run / "checkpoints" / "4") in message
     assert "go on from the last one" in message
-    kept = {name: content for name, content in contents(interrupted.run / "checkpoints").items() if name[0] == "2"}
+    kept = {
+        name: content for name, content in contents(interrupted.run / "checkpoints").items() if name[0] == "2"
+    }
     assert kept == checkpoints
     assert interrupted.finish()["metrics.jsonl"] == (finished / "metrics.jsonl").read_bytes()
 

@@ -11,7 +11,10 @@ from fslora_jax.errors import UserError
 
 
 def state(value: float) -> dict:
-    return {"weights": {"a": jnp.full((3, 4), value, float), "b": [jnp.arange(5.0) * value]}, "round": jnp.int32(value)}
+    return {
+        "weights": {"a": jnp.full((3, 4), value, float), "b": [jnp.arange(5.0) * value]},
+        "round": jnp.int32(value),
+    }
 
 
 @pytest.fixture

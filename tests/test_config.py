@@ -47,7 +47,10 @@ def test_the_defaults_are_the_papers():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"federation__num_roundz": 3}, "unknown setting federation.num_roundz; did you mean federation.num_rounds?"),
+        (
+            {"federation__num_roundz": 3},
+            "unknown setting federation.num_roundz; did you mean federation.num_rounds?",
+        ),
         ({"federatoin": {}}, "unknown setting federatoin; did you mean federation?"),
         ({"zzz": 1}, "unknown setting zzz; expected one of model"),
         ({"model": {}}, "model.name: missing"),
@@ -63,7 +66,10 @@ def test_the_defaults_are_the_papers():
         ({"federation__sketching_ratios": [0.005]}, "0.005 of rank 64 rounds to k = 0, expected k >= 1"),
         ({"federation__clients_per_round": 21}, "federation.clients_per_round: found 21, expected at most"),
         ({"federation__num_clients": 0}, "federation.num_clients: found 0"),
-        ({"federation__method": "fedavg"}, "federation.method: found 'fedavg'; input should be 'fslora' or 'fedit'"),
+        (
+            {"federation__method": "fedavg"},
+            "federation.method: found 'fedavg'; input should be 'fslora' or 'fedit'",
+        ),
         ({"federation__method": "fedit"}, "fedit trains all r components"),
         ({"data__row_length": 64}, "data.row_length: found 64, expected at least data.max_length = 128"),
         ({"client_optimizer__learning_rate": 0}, "client_optimizer.learning_rate: found 0"),
@@ -73,7 +79,10 @@ def test_the_defaults_are_the_papers():
         ({"server_optimizer__name": "sdg"}, "server_optimizer.name: 'sdg' is no optimiser of optax"),
         ({"server_optimizer__name": "global_norm"}, "server_optimizer."),
         ({"server_optimizer__name": "Schedule"}, "server_optimizer."),
-        ({"server_optimizer__options": {"b3": 0.9}}, "server_optimizer.optax.sgd does not take these options"),
+        (
+            {"server_optimizer__options": {"b3": 0.9}},
+            "server_optimizer.optax.sgd does not take these options",
+        ),
         ({"server_optimizer__options": {"momentum": "much"}}, "server_optimizer.options.momentum"),
         ({"seed": -1}, "seed: found -1"),
         ({"seed": 2**31}, "seed: found 2147483648"),
@@ -187,7 +196,11 @@ def test_every_setting_is_described():
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("num_rounds", "federation.num_rounds"), ("lora.rank", "lora.r"), ("federation.rounds", "federation.num_rounds")],
+    [
+        ("num_rounds", "federation.num_rounds"),
+        ("lora.rank", "lora.r"),
+        ("federation.rounds", "federation.num_rounds"),
+    ],
 )
 def test_a_suggestion_is_the_setting_that_was_meant(name, meant):
     assert suggest(name, known_fields()) == f"; did you mean {meant}?"

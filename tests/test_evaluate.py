@@ -24,7 +24,9 @@ def batch_of(labels: np.ndarray, weights: np.ndarray) -> Batch:
 
 def random_case(seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return 3 * rng.standard_normal((1, number, LABELS)).astype(np.float32), rng.integers(LABELS, size=(1, number))
+    return 3 * rng.standard_normal((1, number, LABELS)).astype(np.float32), rng.integers(
+        LABELS, size=(1, number)
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -74,7 +76,9 @@ def test_an_evaluation_is_one_pass_over_all_batches_with_the_whole_adapter():
 
     labels = np.array([[0, 1, 2, 0], [2, 1, 0, 0]])
     weights = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
-    sums = make_evaluation(apply, spec)(jnp.float32(0.1), Trainable({"m": pair}, {}), batch_of(labels, weights))
+    sums = make_evaluation(apply, spec)(
+        jnp.float32(0.1), Trainable({"m": pair}, {}), batch_of(labels, weights)
+    )
     assert float(sums.count) == 6
     assert float(sums.correct) == 6
     hot = 0.1 * 0.5 * 15

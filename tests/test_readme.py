@@ -36,7 +36,12 @@ def test_every_shipped_config_is_valid(path):
 
 
 def test_the_commands_exist():
-    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith(("fslora", "launch"))]
+    lines = [
+        line
+        for block in blocks("bash")
+        for line in block.splitlines()
+        if line.startswith(("fslora", "launch"))
+    ]
     assert len(lines) >= 7
     for line in lines:
         program, command, *_ = shlex.split(line, comments=True) + [""]

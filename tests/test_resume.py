@@ -88,7 +88,9 @@ def wait_for_rounds(run: Path, number: int, process, seconds: float = 90) -> Non
         time.sleep(0.02)
 
 
-def test_killed_from_outside_at_random_moments_while_another_process_is_refused(world, finished, tmp_path, capsys):
+def test_killed_from_outside_at_random_moments_while_another_process_is_refused(
+    world, finished, tmp_path, capsys
+):
     run, chance = tmp_path / "run", random.Random(0)
     for number in (1, 3):
         process = runs.start(world, *arguments(world, run), driver=SLOW)
@@ -123,7 +125,12 @@ class Camera:
         changes = event in ("os.rename", "os.mkdir", "os.remove", "shutil.rmtree") or (
             event == "open" and bool(args[2] & (os.O_WRONLY | os.O_RDWR))
         )
-        if self.on and changes and str(args[0]).startswith(f"{self.folder}/") and not str(args[0]).endswith(".lock"):
+        if (
+            self.on
+            and changes
+            and str(args[0]).startswith(f"{self.folder}/")
+            and not str(args[0]).endswith(".lock")
+        ):
             self.on = False
             shutil.copytree(self.folder, self.album / f"{len(list(self.album.iterdir())):03}")
             self.on = True
@@ -150,7 +157,9 @@ def test_before_any_file_operation_a_kill_changes_nothing(world, finished, tmp_p
         return programs[0]
 
     monkeypatch.setattr(loop, "compile_round", compile_once)
-    monkeypatch.setattr(loop.figures, "run_figures", lambda records, folder: None)  # they take most of the time
+    monkeypatch.setattr(
+        loop.figures, "run_figures", lambda records, folder: None
+    )  # they take most of the time
     monkeypatch.setattr(loop.figures, "partition_figure", lambda counts, names, path: None)
     run = tmp_path / "run"
     with filming(run, tmp_path / "album"):

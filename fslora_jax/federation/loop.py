@@ -77,8 +77,9 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
     if done == num_rounds:  # killed between the last checkpoint and the summary
         checkpoints.close()
         return server, 0.0
-    loggers = open_loggers(config.loggers, run_dir, done)
-    clock = JsonLines(run_dir / "timings.jsonl", done)
+    kept = done or -1  # without a checkpoint the evaluation of the start is done again, too
+    loggers = open_loggers(config.loggers, run_dir, kept)
+    clock = JsonLines(run_dir / "timings.jsonl", kept)
     keys = jax.device_put(
         Keys(device_key(config.seed, Purpose.SKETCH), device_key(config.seed, Purpose.DROPOUT)),
         shardings(mesh)[0],
@@ -88,6 +89,11 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
 
     def evaluate(server: Server) -> dict[str, float]:
         means = evaluation(base, server.weights, test).means()
+        if not math.isfinite(means["loss"]):
+            raise UserError(
+                f"round {int(server.round)}: loss {means['loss']} on the held-out examples; lower "
+                "client_optimizer.learning_rate, or look at the model's weights; the last checkpoint is kept"
+            )
         return {f"eval/{name}": value for name, value in means.items()}
 
     meter = Meter(federation)
