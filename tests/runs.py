@@ -32,7 +32,7 @@ SIZES = {
 }
 NUM_EXAMPLES = 96
 
-# Whatever a run may carry from round to round has a part in it: cohorts, sketches, dropout, a schedule, both optimisers.
+# Whatever a run may carry from round to round has a part in it: cohorts, sketches, dropout, schedule, optimisers.
 SETTINGS: dict[str, Any] = {
     "data": {"test_examples": 24, "max_length": 12},
     "lora": {"r": 8, "lora_alpha": 8.0, "lora_dropout": 0.1, "target_modules": ["query", "value"]},

@@ -102,7 +102,7 @@ def test_several_mistakes_are_counted():
 
 @pytest.mark.parametrize("values", [None, [], "text", 3])
 def test_a_config_is_a_mapping(values):
-    with pytest.raises(UserError, match="c.yaml: found .*, expected a mapping of settings"):
+    with pytest.raises(UserError, match=r"c.yaml: found .*, expected a mapping of settings"):
         make_config(values, "c.yaml")
 
 

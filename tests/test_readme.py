@@ -44,5 +44,5 @@ def test_the_commands_exist():
     ]
     assert len(lines) >= 7
     for line in lines:
-        program, command, *_ = shlex.split(line, comments=True) + [""]
+        program, command, *_ = [*shlex.split(line, comments=True), ""]
         assert command in cli.COMMANDS if program == "fslora" else (ROOT / program).is_file()
