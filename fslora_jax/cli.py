@@ -14,12 +14,12 @@ import tyro
 from pydantic import BaseModel
 
 from fslora_jax import hub
-from fslora_jax.config import Config, DataConfig, ModelConfig, load_config, make_config, suggest
+from fslora_jax.config import Config, DataConfig, ModelConfig, checked, load_config, make_config, suggest
 from fslora_jax.display import TerminalDisplay, print_summary
 from fslora_jax.errors import UserError
 from fslora_jax.federation.loop import run
 from fslora_jax.federation.results import evaluate_adapter, evaluate_run, export_client, export_round
-from fslora_jax.rundir import CONFIG
+from fslora_jax.rundir import CONFIG, load_run_config
 
 USAGE = """\
 usage: fslora COMMAND ...
@@ -57,11 +57,18 @@ def mirrored_fields(default: BaseModel) -> list[tuple[str, Any, Any]]:
 def parse(form: type, prog: str, description: str, argv: Sequence[str]) -> Any:
     """Reads arguments into ``form``; an unknown one is a one-line error with a suggestion."""
     values, unknown = tyro.cli(
-        form, prog=prog, description=description, args=list(argv), return_unknown_args=True
+        form,
+        prog=prog,
+        description=description,
+        args=list(argv),
+        return_unknown_args=True,
+        config=(tyro.conf.FlagConversionOff,),  # --SETTING VALUE also where it is True or False
     )
     if unknown:
         name = unknown[0].lstrip("-").replace("-", "_")
-        raise UserError(f"unknown argument {unknown[0]}{suggest(name, list(option_names(form)))}")
+        named = unknown[0].startswith("--")
+        hint = suggest(name, list(option_names(form))) if named else f"; see {prog} --help"
+        raise UserError(f"unknown argument {unknown[0]}{hint}")
     return values
 
 
@@ -107,37 +114,32 @@ class Evaluate:
     """Run folder, or folder with adapter_config.json."""
     data: str | None = None
     """File or data set with labelled texts; by default the held-out examples of the run."""
-    split: str = "test"
-    """Split of a hub data set."""
-    text_columns: tuple[str, ...] = ("text",)
-    """Columns of the data with the text."""
-    label_column: str = "label"
-    """Column of the data with the label."""
-    max_length: int = 128
-    """Longer texts of the data are truncated to this many tokens."""
+    split: str | None = None
+    """Split of a hub data set; by default test."""
+    text_columns: tuple[str, ...] | None = None
+    """Columns of the data with the text; by default the run's, or text."""
+    label_column: str | None = None
+    """Column of the data with the label; by default the run's, or label."""
+    max_length: int | None = None
+    """Longer texts of the data are truncated to this many tokens; by default the run's, or 128."""
 
 
 def eval_command(argv: Sequence[str]) -> None:
     """Evaluates and prints."""
     args = parse(Evaluate, "fslora eval", Evaluate.__doc__ or "", argv)
-    is_run = (args.folder / CONFIG).is_file()
-    data = None
-    if args.data is not None:
-        data = DataConfig(
-            name=args.data,
-            split=args.split,
-            text_columns=args.text_columns,
-            label_column=args.label_column,
-            max_length=args.max_length,
-        )
+    given = {name: value for name, value in dataclasses.asdict(args).items() if value is not None}
+    folder, name = given.pop("folder"), given.pop("data", None)
+    is_run, data = (folder / CONFIG).is_file(), None
+    if name is not None:
+        defaults = load_run_config(folder).data.model_dump() if is_run else {}
+        values = defaults | {"name": name, "split": "test", "row_length": None} | given
+        data = checked(DataConfig, values, "arguments")
     if is_run:
-        metrics = evaluate_run(args.folder, data)
+        metrics = evaluate_run(folder, data)
     elif data is not None:
-        metrics = evaluate_adapter(args.folder, data)
+        metrics = evaluate_adapter(folder, data)
     else:
-        raise UserError(
-            f"{args.folder}: no run folder; for an adapter folder say --data FILE_OR_NAME as well"
-        )
+        raise UserError(f"{folder}: no run folder; for an adapter folder say --data FILE_OR_NAME as well")
     print(json.dumps(metrics))
 
 

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import optax
 import yaml
@@ -24,6 +24,9 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True
     )
+
+
+S = TypeVar("S", bound=Section)
 
 
 class ModelConfig(Section):
@@ -266,8 +269,8 @@ def one_line(error: ValidationError) -> str:
     return text + (f" (and {len(rest)} more)" if rest else "")
 
 
-def make_config(values: Any, source: str) -> Config:
-    """Checks nested values against the schema.
+def checked(form: type[S], values: Any, source: str) -> S:
+    """Checks nested values against a schema.
 
     Raises:
       UserError: one line with ``source``, the field, what was found and what was expected.
@@ -275,9 +278,14 @@ def make_config(values: Any, source: str) -> Config:
     if not isinstance(values, dict):
         raise UserError(f"{source}: found {type(values).__name__}, expected a mapping of settings")
     try:
-        return Config.model_validate(values)
+        return form.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{source}: {one_line(error)}") from None
+
+
+def make_config(values: Any, source: str) -> Config:
+    """A config from nested values, checked."""
+    return checked(Config, values, source)
 
 
 def load_config(path: Path) -> Config:

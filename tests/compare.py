@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import toy
-from toy import BASE, LAYERS, METHOD, ORDER, QUICK, STEPS, TARGETS, R
+from toy import BASE, LAYERS, METHOD, ORDER, STEPS, TARGETS, R
 
 from fslora_jax.data.batches import make_batch
 from fslora_jax.federation.feed import Population, local_examples
@@ -38,7 +38,7 @@ def client_key(base_key: jax.Array, t: int, client: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(base_key, t), client)
 
 
-_download = jax.jit(METHOD.download, static_argnums=3, compiler_options=QUICK)
+_download = jax.jit(METHOD.download, static_argnums=3)
 
 
 def give(server: Server, client: int, k: int, cap: int) -> Local:

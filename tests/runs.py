@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -126,14 +125,10 @@ def write_config(path: Path, world: World, **changes: Any) -> Path:
 
 
 def call(world: World, *argv: object) -> None:
-    """``fslora ARGV`` in this process, with the session's cache; compiled quickly rather than well."""
+    """``fslora ARGV`` in this process, with the session's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FSLORA_CACHE", str(world.cache))
-        jax.config.update("jax_disable_most_optimizations", True)
-        try:
-            cli.main([str(arg) for arg in argv])
-        finally:
-            jax.config.update("jax_disable_most_optimizations", False)
+        cli.main([str(arg) for arg in argv])
 
 
 def train(world: World, run_dir: Path, *argv: object, **changes: Any) -> Path:
@@ -145,7 +140,7 @@ def train(world: World, run_dir: Path, *argv: object, **changes: Any) -> Path:
 
 def environment(world: World) -> dict[str, str]:
     """Of a process of its own."""
-    return os.environ | {"FSLORA_CACHE": str(world.cache), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return os.environ | {"FSLORA_CACHE": str(world.cache)}
 
 
 def start(world: World, *argv: object, driver: str | None = None) -> subprocess.Popen[str]:

@@ -42,9 +42,9 @@ def finish(processes: list[subprocess.Popen]) -> None:
 
 
 def test_eight_devices():
-    eight = "--xla_force_host_platform_device_count=8"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     options = ["-p", "no:cacheprovider", "-p", "no:xdist", "--noconftest"]
-    finish([start("-m", "pytest", *options, str(HERE / "on_devices.py"), XLA_FLAGS=eight)])
+    finish([start("-m", "pytest", *options, str(HERE / "on_devices.py"), XLA_FLAGS=flags)])
 
 
 @pytest.mark.parametrize(("processes", "devices"), [(2, 2)])
@@ -57,7 +57,7 @@ def test_identity_7_two_processes_are_one(tmp_path, processes, devices):
     script = str(HERE / "one_process.py")
     finish(
         [
-            start(script, address, str(processes), str(number), str(devices), str(file), XLA_FLAGS="")
+            start(script, address, str(processes), str(number), str(devices), str(file))
             for number, file in enumerate(files)
         ]
     )

@@ -26,7 +26,7 @@ def one_client(
     before = give(toy.start(toy.METHOD), CLIENT, K, cap)
     batches = jax.tree.map(lambda x: x[None, :steps], client_batches(toy.POPULATION, CLIENT, 0))
     tier = jax.tree.map(lambda x: x[None], before)
-    (after,), losses = jax.jit(train, static_argnums=(0, 1), compiler_options=toy.QUICK)(
+    (after,), losses = jax.jit(train, static_argnums=(0, 1))(
         toy.make_apply(), optimizer, toy.BASE, [tier], batches, first_step, None
     )
     return before, jax.tree.map(lambda x: x[0], after), np.asarray(losses[0])
@@ -145,7 +145,7 @@ def test_dropout_differs_from_step_to_step_and_client_to_client():
     batch = jax.tree.map(
         lambda x: np.broadcast_to(x[0], (2, 3, *x.shape[1:])), client_batches(toy.POPULATION, CLIENT, 0)
     )
-    run = jax.jit(train, static_argnums=(0, 1), compiler_options=toy.QUICK)
+    run = jax.jit(train, static_argnums=(0, 1))
     keys = jax.random.split(jax.random.key(0), 2)
     dropped = np.asarray(run(toy.make_apply(0.5), still, toy.BASE, [tier], batch, 0, keys)[1])
     plain = np.asarray(run(toy.make_apply(0.5), still, toy.BASE, [tier], batch, 0, None)[1])

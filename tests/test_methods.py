@@ -18,8 +18,6 @@ from fslora_jax.types import Pair, Trainable
 WIDE = toy.SPEC._replace(r=64)
 """Two independent draws of 8 out of 64 are equal once in four billion."""
 
-quick = partial(jax.jit, compiler_options=toy.QUICK)
-
 
 def drawn_sets(spec, rounds: int, clients: int) -> np.ndarray:
     """Sorted indices ``(rounds, clients, modules * layers, 8)`` of fslora's draws, with the keys of the round."""
@@ -27,7 +25,7 @@ def drawn_sets(spec, rounds: int, clients: int) -> np.ndarray:
     server = toy.start(method)
     by_client = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
 
-    @quick
+    @jax.jit
     def of_round(t):
         keys = by_client(jax.random.fold_in(toy.run_keys().sketch, t), jnp.arange(clients))
         who = Client(jnp.arange(clients), jnp.full(clients, 8), jnp.ones(clients))
@@ -124,7 +122,7 @@ def test_combining_is_a_weighted_sum_over_clients():
     rng = np.random.default_rng(0)
     payloads = [random_payload(rng, 2, 4), random_payload(rng, 3, 2)]
     weights = [jnp.array([0.1, 0.2]), jnp.array([0.3, 0.4, 0.0])]
-    found = quick(partial(weighted_sum, toy.R))(payloads, weights)
+    found = jax.jit(partial(weighted_sum, toy.R))(payloads, weights)
     for m, target in toy.TARGETS.items():
         a = np.zeros((toy.LAYERS, toy.R, target.i))
         count = np.zeros((toy.LAYERS, toy.R))
@@ -146,7 +144,7 @@ def test_every_method_combines_in_parts(name):
     rng = np.random.default_rng(1)
     parts = [random_payload(rng, 2, toy.R), random_payload(rng, 1, toy.R)]
     weights = [jnp.array([0.2, 0.3]), jnp.array([0.5])]
-    combine = quick(method.combine)
+    combine = jax.jit(method.combine)
     at_once = combine(parts, weights)
     apart = [combine([p], [w]) for p, w in zip(parts, weights, strict=True)]
     for whole_sum, *summands in zip(*map(jax.tree.leaves, (at_once, *apart)), strict=True):
@@ -156,13 +154,13 @@ def test_every_method_combines_in_parts(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_starts_as_the_base_model_and_counts_rounds(name):
     method: Method = METHODS[name](toy.SPEC, optax.sgd(1.0, momentum=0.9))
-    server = quick(method.init)(jax.random.key(0), {})
+    server = jax.jit(method.init)(jax.random.key(0), {})
     assert list(server.weights.adapter) == list(toy.TARGETS)
     assert all((pair.b == 0).all() and (pair.a != 0).any() for pair in server.weights.adapter.values())
     nothing = Combined(
         jax.tree.map(jnp.zeros_like, server.weights), {m: jnp.zeros((toy.LAYERS, toy.R)) for m in toy.TARGETS}
     )
-    after = quick(method.update)(server, nothing)
+    after = jax.jit(method.update)(server, nothing)
     assert (int(server.round), int(after.round)) == (0, 1)
     assert jax.tree.structure(after) == jax.tree.structure(server)
 
@@ -175,7 +173,7 @@ def test_identity_5_the_server_moves_only_what_somebody_trained(name):
     change = jax.tree.map(jnp.ones_like, server.weights)
     everybody = {m: jnp.full((toy.LAYERS, toy.R), 3.0) for m in toy.TARGETS}
     one = {m: jnp.zeros((toy.LAYERS, toy.R)).at[1, 2].set(1.0) for m in toy.TARGETS}
-    update = quick(partial(apply_server_optimizer, optimizer))
+    update = jax.jit(partial(apply_server_optimizer, optimizer))
     first = update(server, Combined(change, everybody))
     sparse = jax.tree.map(jnp.zeros_like, change)._replace(head=change.head)
     second = update(first, Combined(sparse, one))
@@ -197,7 +195,7 @@ def test_plain_averaging_adds_the_mean_change():
     server = toy.start(method)
     change = jax.tree.map(lambda x: 0.1 * jnp.ones_like(x), server.weights)
     everybody = {m: jnp.ones((toy.LAYERS, toy.R)) for m in toy.TARGETS}
-    after: Server = quick(method.update)(server, Combined(change, everybody))
+    after: Server = jax.jit(method.update)(server, Combined(change, everybody))
     for name, value in flat(server.weights).items():
         np.testing.assert_allclose(flat(after.weights)[name], value + 0.1, rtol=1e-6, atol=1e-7)
 

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -49,10 +50,16 @@ MOMENTS = {
         ["2"],
     ),
 }
-SLOW = """
+WAITING = """
 import time
+from pathlib import Path
 from fslora_jax.display import TerminalDisplay
-TerminalDisplay.round = lambda *_: time.sleep(0.4)
+def show(self, *rest):
+    Path({here!r}).touch()
+    while not Path({go!r}).exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+TerminalDisplay.round = show
 """
 
 
@@ -78,11 +85,9 @@ def test_a_killed_run_ends_as_one_that_was_not(world, finished, tmp_path, moment
     assert not list((run / "checkpoints").glob("*tmp*"))
 
 
-def wait_for_rounds(run: Path, number: int, process, seconds: float = 90) -> None:
-    """Until the metrics have so many lines."""
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
-    path = run / "metrics.jsonl"
-    while not path.exists() or path.read_bytes().count(b"\n") < number:
+    while not path.exists():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -92,10 +97,11 @@ def test_killed_from_outside_at_random_moments_while_another_process_is_refused(
     world, finished, tmp_path, capsys
 ):
     run, chance = tmp_path / "run", random.Random(0)
-    for number in (1, 3):
-        process = runs.start(world, *arguments(world, run), driver=SLOW)
+    for attempt in "ab":
+        here, go = tmp_path / f"{attempt}.here", tmp_path / f"{attempt}.go"
+        process = runs.start(world, *arguments(world, run), driver=WAITING.format(here=str(here), go=str(go)))
         try:
-            wait_for_rounds(run, number, process)
+            wait_for(here, process)
             capsys.readouterr()
             with pytest.raises(SystemExit) as caught:
                 runs.call(world, *arguments(world, run))
@@ -103,11 +109,11 @@ def test_killed_from_outside_at_random_moments_while_another_process_is_refused(
             err = capsys.readouterr().err
             assert err.startswith(f"fslora: error: {run}: another process is working in it")
             assert err.count("\n") == 1
-            time.sleep(chance.uniform(0, 0.8))
+            go.touch()
+            time.sleep(chance.uniform(0, 0.6))
         finally:
             process.kill()
             process.communicate()
-        assert process.returncode == -signal.SIGKILL
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"round": 4, "train/lo')
     runs.call(world, *arguments(world, run))

@@ -4,7 +4,6 @@ Identities 1 and 2 are in test_sketch.py and test_methods.py, 6 and 9 in test_ro
 devices and processes, which belong to 7, in test_devices.py.
 """
 
-from functools import partial
 from itertools import pairwise
 
 import jax
@@ -19,29 +18,52 @@ from fslora_jax.federation.cohort import plan_layout, sample_cohort
 from fslora_jax.methods import Payload, Server, fedit
 from fslora_jax.types import Batch, Local
 
-LAYOUTS = ["tiered", "masked"]
 UNEQUAL = toy.POPULATION._replace(shares=np.array([1.0, 2, 3, 4, 5, 6, 7]))
 
 
-# --- Identity 3 ------------------------------------------------------------------------------------------------
+# --- Identities 3 and 5 -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def untouched(before: Server, ids: np.ndarray) -> dict[tuple, np.ndarray]:
+    """For each factor, which rank components nobody drew."""
+    found = {}
+    for m in toy.TARGETS:
+        for n in range(toy.LAYERS):
+            anyone = np.concatenate([drawn(before, int(c), int(toy.RANKS[c]))[m, n] for c in ids])
+            found[m, n] = ~np.isin(np.arange(toy.R), anyone)
+    return found
+
+
+def check_untouched(found: toy.Played) -> None:
+    """Identity 5: from round to round, exactly the components that somebody drew have moved."""
+    still = 0
+    for (before, after), ids in zip(pairwise(found.servers), toy.COHORTS, strict=True):
+        old, new = flat(before.weights), flat(after.weights)
+        for (m, n), nobody in untouched(before, ids).items():
+            moved_a = (old[m, n, "A"] != new[m, n, "A"]).any(1)
+            moved_b = (old[m, n, "B"] != new[m, n, "B"]).any(0)
+            assert (moved_a == ~nobody).all()
+            assert (moved_b == ~nobody).all()
+            still += nobody.sum()
+    assert still > 5
+
+
 @pytest.mark.parametrize("optimizer", toy.OPTIMIZERS)
-def test_identity_3_whole_rounds_are_the_equations(optimizer, layout):
-    check_with_oracle(played(optimizer, "average", layout), optimizer)
-
-
-@pytest.mark.parametrize("optimizer", toy.OPTIMIZERS)
-def test_identity_3_extracted_rounds_are_masked_rounds(optimizer):
-    extracted, masked = (played(optimizer, "average", layout) for layout in LAYOUTS)
+def test_identities_3_and_5_of_whole_rounds(optimizer):
+    """Extracted rounds are masked rounds are the equations, and what nobody drew stays bit-identical."""
+    extracted, masked = (played(optimizer, "average", layout) for layout in ("tiered", "masked"))
+    for found in (extracted, masked):
+        check_with_oracle(found, optimizer)
+        check_untouched(found)
     close(last(extracted), last(masked), 5e-6)
     close(extracted.losses, masked.losses)
 
 
 @pytest.mark.parametrize("server", ["momentum", "adamw"])
-def test_server_optimizers_are_the_equations(server):
-    check_with_oracle(played("sgd", server, "tiered"), "sgd", server)
+def test_identity_5_with_a_server_optimizer(server):
+    found = played("sgd", server, "tiered")
+    check_with_oracle(found, "sgd", server)
+    check_untouched(found)
 
 
 def test_data_size_weights_are_the_equations():
@@ -65,38 +87,6 @@ def test_identity_4_at_full_rank_it_is_federated_lora(optimizer):
     check_with_oracle(fedits, optimizer, population=everyone)
 
 
-# --- Identity 5 ------------------------------------------------------------------------------------------------
-
-
-def untouched(before: Server, ids: np.ndarray) -> dict[tuple, np.ndarray]:
-    """For each factor, which rank components nobody drew."""
-    found = {}
-    for m in toy.TARGETS:
-        for n in range(toy.LAYERS):
-            anyone = np.concatenate([drawn(before, int(c), int(toy.RANKS[c]))[m, n] for c in ids])
-            found[m, n] = ~np.isin(np.arange(toy.R), anyone)
-    return found
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "server", "layout"),
-    [(optimizer, "average", layout) for optimizer in toy.OPTIMIZERS for layout in LAYOUTS]
-    + [("sgd", "momentum", "tiered"), ("sgd", "adamw", "tiered")],
-)
-def test_identity_5_what_nobody_drew_stays_bit_identical(optimizer, server, layout):
-    still = 0
-    rounds = zip(pairwise(played(optimizer, server, layout).servers), toy.COHORTS, strict=True)
-    for (before, after), ids in rounds:
-        old, new = flat(before.weights), flat(after.weights)
-        for (m, n), nobody in untouched(before, ids).items():
-            moved_a = (old[m, n, "A"] != new[m, n, "A"]).any(1)
-            moved_b = (old[m, n, "B"] != new[m, n, "B"]).any(0)
-            assert (moved_a == ~nobody).all()
-            assert (moved_b == ~nobody).all()
-            still += nobody.sum()
-    assert still > 5
-
-
 # --- Identity 7 ------------------------------------------------------------------------------------------------
 
 
@@ -106,7 +96,7 @@ def test_identity_7_a_cohort_is_a_loop_over_clients():
     found, t = played("momentum", "average", "tiered"), 1
     server, ids = found.servers[t], toy.COHORTS[t]
 
-    @partial(jax.jit, compiler_options=toy.QUICK)
+    @jax.jit
     def alone(given: Local, batches: Batch) -> tuple[Payload, jax.Array]:
         tier, batches = jax.tree.map(lambda x: x[None], (given, batches))
         first = server.round * toy.STEPS.local_steps

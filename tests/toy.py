@@ -26,9 +26,6 @@ ORDER = ("up", "down")
 TARGETS = {"down": lora.Target(F, D, LAYERS), "up": lora.Target(D, F, LAYERS)}
 SPEC = Spec(TARGETS, R, scale=0.5)
 STEPS = Steps(seed=3, local_steps=3, batch_size=2, row_length=4, packing=False)
-QUICK = {"xla_backend_optimization_level": 0}
-"""Compiler options: LLVM's optimisations would take longer than they save here."""
-
 RANKS = np.array([1, 3, 6, 3, 1, 1, 3])
 EVERYBODY = np.arange(len(RANKS))
 COHORTS = (np.array([0, 3, 4]), np.array([0, 2, 4]), np.array([1, 4, 5]))
@@ -146,7 +143,7 @@ def run_keys(seed: int = 5, mesh: Mesh | None = None) -> Keys:
     return jax.jit(keys, out_shardings=shardings(mesh)[0])()
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def start(method: Method) -> Server:
     """A server whose B is not zero, so that every factor has a gradient from the first step on."""
     head_key, a_key, b_key = jax.random.split(jax.random.key(0), 3)
@@ -179,7 +176,7 @@ def compiled_round(
         dropout=dropout > 0,
         mesh=mesh,
     )
-    return jax.jit(one_round, compiler_options=QUICK)
+    return jax.jit(one_round)
 
 
 class Played(NamedTuple):

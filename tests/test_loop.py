@@ -1,0 +1,179 @@
+"""Whole runs: what their metrics say, and settings that must not, or must, change them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+from safetensors.numpy import load_file
+
+from fslora_jax.config import load_config, make_config
+from fslora_jax.federation.cohort import sample_cohort
+from fslora_jax.federation.loop import cohort_of
+from fslora_jax.federation.setup import make_client_optimizer, set_up
+
+Q_RANK = 2 * 2 * (16 + 16)
+"""Values of a unit of rank: query and value in two layers, 16 to 16."""
+
+
+def close(a: Path, b: Path) -> None:
+    """Equal metrics to 1e-4; traffic exactly."""
+    for one, other in zip(runs.records(a), runs.records(b), strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_metrics_are_one_object_a_round(finished):
+    records = runs.records(finished)
+    assert [record["round"] for record in records] == [0, 1, 2, 3, 4]
+    for record in records:
+        t = record["round"]
+        names = {"round"}
+        names |= {"eval/loss", "eval/accuracy"} if t % 2 == 0 else set()
+        names |= {"train/loss", "traffic/down_bytes", "traffic/up_bytes"} if t else set()
+        assert set(record) == names
+        assert all(np.isfinite(value) for value in record.values())
+    assert records[-1]["eval/loss"] < records[0]["eval/loss"]
+    clock = runs.records(finished, "timings.jsonl")
+    assert [record["round"] for record in clock] == [1, 2, 3, 4]
+    assert all(record["seconds"] > 0 for record in clock)
+
+
+def test_the_summary_repeats_the_metrics(finished):
+    summary, records = json.loads((finished / "summary.json").read_text()), runs.records(finished)
+    for when, record in (("before", records[0]), ("after", records[-1])):
+        assert summary[when] == {k: v for k, v in record.items() if k.startswith("eval/")}
+    assert summary["up_bytes"] == records[-1]["traffic/up_bytes"]
+    assert summary["down_bytes"] == records[-1]["traffic/down_bytes"]
+
+
+def test_traffic_is_what_the_cohorts_send(finished):
+    """By hand: k components of every module and the head each way, and downward the indices of four draws."""
+    tensors = load_file(finished / "adapter" / "adapter_model.safetensors")
+    head = sum(x.size for name, x in tensors.items() if ".lora_" not in name)
+    ranks = [2, 4, 2, 4, 2]
+    up = down = 0
+    for record in runs.records(finished)[1:]:
+        cohort = sample_cohort(0, record["round"] - 1, 5, 3)
+        up += sum(4 * (ranks[c] * Q_RANK + head) for c in cohort)
+        down += sum(4 * (ranks[c] * Q_RANK + head + 4 * ranks[c]) for c in cohort)
+        assert (record["traffic/up_bytes"], record["traffic/down_bytes"]) == (up, down)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"federation__layout": "masked"}, {"federation__cohort_chunks": 2}, {"data__packing": False}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_how_it_is_computed_does_not_change_the_result(world, finished, tmp_path, changes):
+    """Layout and chunks keep minibatches; without packing they are dealt anew, so only the first evaluation agrees."""
+    run = runs.train(world, tmp_path / "run", **changes)
+    if "data__packing" in changes:
+        assert runs.records(run)[0] == pytest.approx(runs.records(finished)[0], abs=1e-4)
+    else:
+        close(run, finished)
+
+
+VARIANTS = {
+    "everything else": {
+        "client_optimizer": {
+            "name": "sgd",
+            "momentum": 0.9,
+            "learning_rate": 0.05,
+            "head_learning_rate": 0.2,
+            "max_grad_norm": 1.0,
+            "schedule": "cosine",
+            "warmup_rounds": 1,
+        },
+        "server_optimizer": {"name": "adam", "learning_rate": 0.02, "options": {"b1": 0.8}},
+        "model__pooling": "mean",
+        "lora__use_rslora": False,
+        "lora__lora_dropout": 0.0,
+        "federation__share_sketch": True,
+        "federation__client_weights": "examples",
+        "federation__clients_per_round": None,
+        "partition__name": "iid",
+    },
+    "federated LoRA": {
+        "federation__method": "fedit",
+        "federation__sketching_ratios": [1.0],
+        "model__dtype": "bfloat16",
+        "lora__target_modules": ["query", "key", "value", "attention.output.dense", "intermediate.dense"],
+        "server_optimizer": {},
+    },
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_other_settings_train_too(world, tmp_path, name):
+    run = runs.train(world, tmp_path / "run", **VARIANTS[name])
+    records = runs.records(run)
+    assert records[-1]["eval/loss"] < records[0]["eval/loss"]
+    assert len({record["train/loss"] for record in records[1:]}) == 4
+
+
+def federation_of(world: runs.World, **changes):
+    config = make_config(runs.settings(world, **changes), "test")
+    return config, set_up(config)
+
+
+def test_sampled_cohorts_differ_from_round_to_round_and_are_of_their_size(world):
+    _, federation = federation_of(world, federation__num_rounds=20)
+    assert {len(set(cohort.tolist())) for cohort in federation.cohorts} == {3}
+    assert len({tuple(cohort) for cohort in federation.cohorts}) > 5
+    assert set(np.concatenate(federation.cohorts)) == set(range(5))
+
+
+@pytest.mark.parametrize("weights", ["uniform", "examples"])
+def test_weights_of_the_average(world, weights):
+    config, federation = federation_of(world, federation__client_weights=weights)
+    clients = cohort_of(config, federation, 0).clients
+    found = dict(zip(np.ravel(clients.id).tolist(), np.ravel(clients.weight).tolist(), strict=True))
+    cohort = federation.cohorts[0]
+    sizes = np.array(
+        [len(federation.task.population.examples[c]) if weights == "examples" else 1 for c in cohort]
+    )
+    assert found == pytest.approx(dict(zip(cohort.tolist(), sizes / sizes.sum(), strict=True)), rel=1e-6)
+    assert len(set(sizes.tolist())) > 1 or weights == "uniform"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "rates"),
+    [
+        ("constant", 0, [1, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", 0, [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        ("linear", 1, [0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+        ("cosine", 0, [(1 + np.cos(np.pi * step / 8)) / 2 for step in range(8)]),
+        ("constant", 2, [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]),
+    ],
+)
+def test_the_learning_rate_over_a_run_of_four_rounds_of_two_steps(world, schedule, warmup, rates):
+    config = load_config(world.config).client_optimizer.model_copy(
+        update={"learning_rate": 1.0, "schedule": schedule, "warmup_rounds": warmup}
+    )
+    rate = make_client_optimizer(config, num_rounds=4, local_steps=2).learning_rate
+    np.testing.assert_allclose([rate(step) for step in range(8)], rates, atol=1e-6)
+
+
+def test_texts_in_pairs_and_a_test_file_of_its_own(world, tmp_path):
+    """Headerless TSV with columns by position, two texts, labels in a given order."""
+    pairs = [
+        "a film\tgood plot\t1",
+        "the plot\tbad film\t0",
+        "warm film\tthe plot\t1",
+        "cold film\ta plot\t0",
+    ]
+    for name, count in (("train.tsv", 12), ("test.tsv", 2)):
+        (tmp_path / name).write_text("\n".join(pairs * count) + "\n")
+    _, federation = federation_of(
+        world,
+        data__name=str(tmp_path / "train.tsv"),
+        data__test_name=str(tmp_path / "test.tsv"),
+        data__text_columns=[0, 1],
+        data__label_column=2,
+        data__label_names=[1, 0],
+    )
+    assert federation.task.label_names == ("1", "0")
+    assert federation.task.test.weights.sum() == 8
+    assert federation.task.test.types.max() == 1
+    np.testing.assert_array_equal(federation.task.population.labels[:4], [0, 1, 0, 1])
