@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import jax
 import tyro
+import yaml
 from pydantic import BaseModel
 
 from fslora_jax import hub
@@ -36,6 +37,24 @@ commands:
 """
 
 
+def read_mapping(args: Sequence[str]) -> Any:
+    """A mapping as in the config file, such as ``{momentum: 0.9}``."""
+    try:
+        return yaml.safe_load(args[0])
+    except yaml.YAMLError as error:
+        raise ValueError(f"{args[0]} is no YAML") from error
+
+
+# tyro itself would take a mapping's present keys for all there are.
+MAPPING = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="YAML",
+    instance_from_str=read_mapping,
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda value: [yaml.safe_dump(value, default_flow_style=True).strip()],
+)
+
+
 def mirrored_fields(default: BaseModel) -> list[tuple[str, Any, Any]]:
     """Names, described types and defaults of a config's settings, for plain dataclasses.
 
@@ -49,7 +68,8 @@ def mirrored_fields(default: BaseModel) -> list[tuple[str, Any, Any]]:
             section = dataclasses.make_dataclass(type(value).__name__, mirrored_fields(value), namespace=doc)
             fields.append((name, section, dataclasses.field(default_factory=section)))
         else:
-            described = Annotated[info.annotation, tyro.conf.arg(help=info.description)]
+            extra = (MAPPING,) if isinstance(value, dict) else ()
+            described = Annotated[info.annotation, tyro.conf.arg(help=info.description), *extra]
             fields.append((name, described, dataclasses.field(default_factory=lambda value=value: value)))
     return fields
 

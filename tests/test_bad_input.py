@@ -120,6 +120,7 @@ def test_a_setting_that_does_not_fit_can_be_corrected_in_place(
             "train {config} --federation.sketching-ratios 0.5 7",
             "settings: federation.sketching_ratios.1: found 7",
         ),
+        ("train {config} --server-optimizer.options 3", "settings: server_optimizer.options: found 3"),
         ("train {config} --run-dir {config}", "is a file; expected a folder for --run-dir"),
         ("train {config} --run-dir {model}", "not empty and no run folder (it has no config.yaml)"),
         ("train {config} --run-dir {config}/run", "cannot be made or written: Not a directory"),
@@ -272,7 +273,6 @@ SPOILT = {
 @pytest.mark.parametrize("case", SPOILT)
 def test_spoilt_files_are_named_and_the_run_keeps_all_it_has(interrupted, capsys, tmp_path, case):
     name, spoil, words = SPOILT[case]
-    (tmp_path / name).exists()
     spoil(tmp_path / name)
     before = contents(interrupted.run)
     message = interrupted.refused(capsys)
@@ -311,6 +311,15 @@ def meetings(run: Path, word: str) -> dict[int, list[int]]:
         pairs = zip(federation.cohorts[t], chosen, strict=True)
         found[t + 1] = [int(client) for client, mine in pairs if any(number in texts[i] for i in mine.flat)]
     return found
+
+
+def test_a_process_of_its_own_says_one_line_and_ends_with_two(interrupted):
+    """Nothing of what the libraries do at their end, or of what they left under way, reaches the terminal."""
+    cut(interrupted.run / "checkpoints" / "2" / "default" / "server.safetensors")
+    ended = runs.finish(runs.start(interrupted.world, "eval", interrupted.run))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert str(interrupted.run / "checkpoints" / "2") in error_of(ended.stderr)
+    assert ended.stderr.count("\n") == 1
 
 
 def test_a_loss_that_is_not_finite_names_round_and_client(interrupted, capsys):

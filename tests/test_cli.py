@@ -103,9 +103,16 @@ def test_without_overrides_the_file_is_the_config(world, asked, tmp_path):
 def test_overrides_of_every_kind_reach_the_config(world, asked, tmp_path):
     options = """--seed 3 --lora.r 16 --lora.use-rslora False --lora.target-modules query key --data.label-names neg pos
         --federation.clients-per-round None --federation.num_rounds 9 --client-optimizer.learning-rate 1e-3
-        --client-optimizer.max-grad-norm 2 --server-optimizer.name adam --server-optimizer.options b1 0.5
+        --client-optimizer.max-grad-norm 2 --server-optimizer.name adam --server-optimizer.options {b1_:_0.5}
         --model.dtype bfloat16 --loggers tensorboard wandb --federation.share-sketch True"""
-    runs.call(world, "train", world.config, "--run-dir", tmp_path, *options.split())
+    runs.call(
+        world,
+        "train",
+        world.config,
+        "--run-dir",
+        tmp_path,
+        *(word.replace("_:_", ": ") for word in options.split()),
+    )
     ((config, _),) = asked
     assert (config.seed, config.lora.r, config.lora.use_rslora) == (3, 16, False)
     assert config.lora.target_modules == ("query", "key")
