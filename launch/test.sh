@@ -24,4 +24,4 @@ trap 'rm -rf "$run"' EXIT
 "$bin/fslora" export "$run/run" --out "$run/client" --client 3
 
 say tests and examples
-"$bin/pytest" -n auto --doctest-modules fslora_jax tests
+"$bin/pytest" -n auto --dist loadfile --doctest-modules fslora_jax tests

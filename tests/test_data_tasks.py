@@ -162,7 +162,7 @@ def test_a_holdout_divides_the_examples(n, data):
 @pytest.mark.parametrize("num_test", [-1, 0, 4, 5])
 def test_a_holdout_out_of_range(num_test):
     examples = Examples((["a"] * 4,), np.arange(4, dtype=np.int32), ("0", "1"))
-    with pytest.raises(UserError, match=f"num_test is {num_test}; expected 1 to 3"):
+    with pytest.raises(UserError, match=f"test_examples is {num_test}; expected 1 to 3"):
         split_examples(examples, num_test, np.random.default_rng(0))
 
 
