@@ -7,6 +7,7 @@
 | B      | packed rows of a batch                      | r      | rank of the global adapter         |
 | E      | examples of a batch                         | k      | rank that a client holds, k <= r   |
 | L      | tokens of a row                             | D, V   | model width, vocabulary            |
+| T      | predicted tokens of a row                   |        |                                    |
 """
 
 from typing import NamedTuple
@@ -58,7 +59,9 @@ class Batch(NamedTuple):
 
     ``segments`` is 0 on padding and ``e + 1`` on the tokens of example ``e`` of the batch; ``positions``
     restart at 0 with each example; ``types`` is 1 on the second text of a pair where the tokenizer says so
-    (BERT), else 0; ``weights`` is 0 for an example that is only a filler.
+    (BERT), else 0; ``weights`` is 0 for an example that is only a filler. ``places`` are a language model's
+    questions: the tokens of each row whose next token it shall predict, -1 where a row has fewer; T is 0 for a
+    task with labels.
     """
 
     tokens: Int[Array, "*C B L"]
@@ -67,3 +70,12 @@ class Batch(NamedTuple):
     types: Int[Array, "*C B L"]
     labels: Int[Array, "*C E"]
     weights: Float[Array, "*C E"]
+    places: Int[Array, "*C B T"]
+
+
+class Score(NamedTuple):
+    """Sums over all that a batch asks: its labels, or its next tokens. Scores of two batches merge by addition."""
+
+    loss: Float[Array, "*C"]
+    correct: Float[Array, "*C"]
+    count: Float[Array, "*C"]

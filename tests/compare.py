@@ -12,6 +12,7 @@ from toy import BASE, LAYERS, METHOD, ORDER, STEPS, TARGETS, R
 
 from fslora_jax.data.batches import make_batch
 from fslora_jax.federation.feed import Population, local_examples
+from fslora_jax.federation.round import base_keys
 from fslora_jax.methods import Client, Method, Server, fslora
 from fslora_jax.types import Batch, Local, Trainable
 
@@ -43,7 +44,7 @@ _download = jax.jit(METHOD.download, static_argnums=3)
 
 def give(server: Server, client: int, k: int, cap: int) -> Local:
     """What FSLoRA gives a client in the coming round, in a slot of rank ``cap``."""
-    key = client_key(toy.run_keys().sketch, int(server.round), client)
+    key = client_key(base_keys(5).sketch, int(server.round), client)
     who = Client(jnp.int32(client), jnp.int32(k), jnp.float32(1))
     return _download(key, server._replace(opt_state=()), who, cap)
 
@@ -51,7 +52,7 @@ def give(server: Server, client: int, k: int, cap: int) -> Local:
 def client_batches(population: Population, client: int, t: int) -> Batch:
     """A client's minibatches of a round, leaves ``(H, ...)``."""
     chosen = local_examples(population, STEPS, np.array(client), t)
-    return make_batch(population.store, population.labels, chosen, STEPS.batch_size, STEPS.row_length, False)
+    return make_batch(population.store, population.labels, chosen, toy.SHAPE, False)
 
 
 def oracle_base() -> oracle.Base:

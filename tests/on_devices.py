@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from fslora_jax.federation.cohort import plan_layout
 from fslora_jax.federation.feed import make_cohort
 from fslora_jax.federation.local import ClientOptimizer
-from fslora_jax.federation.round import CLIENTS, shardings
+from fslora_jax.federation.round import CLIENTS, base_keys, shardings
 from fslora_jax.methods import METHODS, Method, Server, fedit
 
 MOMENTUM, ADAMW = toy.OPTIMIZERS["momentum"][0], toy.OPTIMIZERS["adamw"][0]
@@ -55,12 +55,10 @@ def program(slots: int, method: Method, optimizer: ClientOptimizer) -> str:
     population = toy.make_population(ranks=np.full(clients, 2))
     ids = np.arange(clients)
     layout = plan_layout(population.ranks, [ids], r=toy.R, lanes=8, tiered=True)
-    cohort = make_cohort(
-        population, toy.STEPS, layout, ids, 0, num_rows=toy.STEPS.batch_size, chunks=1, mesh=mesh
-    )
+    cohort = make_cohort(population, toy.STEPS, layout, ids, 0, shape=toy.SHAPE, chunks=1, mesh=mesh)
     server, base = jax.device_put((toy.start(method), toy.BASE), shardings(mesh)[0])
     one_round = toy.compiled_round(method, optimizer, layout, 0.0, mesh)
-    return one_round.lower(base, server, toy.run_keys(mesh=mesh), cohort).compile().as_text()
+    return one_round.lower(base, server, base_keys(5, mesh), cohort).compile().as_text()
 
 
 def exchanged() -> dict[str, int]:
@@ -97,7 +95,7 @@ def test_the_check_sees_other_collectives():
 
 def test_the_cohort_is_fed_the_same_on_any_mesh():
     layout = plan_layout(toy.RANKS, [toy.EVERYBODY], r=toy.R, lanes=8, tiered=True)
-    options = {"num_rows": toy.STEPS.batch_size, "chunks": 2}
+    options = {"shape": toy.SHAPE, "chunks": 2}
     alone = make_cohort(toy.POPULATION, toy.STEPS, layout, toy.EVERYBODY, 1, **options)
     spread = make_cohort(toy.POPULATION, toy.STEPS, layout, toy.EVERYBODY, 1, **options, mesh=toy.mesh_of(4))
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):

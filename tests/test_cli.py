@@ -15,7 +15,7 @@ import runs
 
 from fslora_jax import cli
 from fslora_jax.config import Config, load_config
-from fslora_jax.data.batches import make_batch
+from fslora_jax.data.batches import BatchShape, make_batch
 from fslora_jax.federation.client import train_client
 from fslora_jax.federation.results import load_round
 from fslora_jax.federation.setup import load_examples, tokenise
@@ -249,7 +249,7 @@ def test_an_exported_client_computes_the_same_under_peft_at_its_own_rank(
     _, test = load_examples(config.data, config.seed)
     store = tokenise(world.model, federation.task.model, test, config.data.max_length)
     everything = np.arange(len(test.labels))
-    batch = make_batch(store, test.labels, everything, len(everything), 12, pack=False)
+    batch = make_batch(store, test.labels, everything, BatchShape(len(everything), 12, 0), pack=False)
     held, batch = jax.tree.map(lambda x: jnp.asarray(x)[None], (local, batch))
     ours = federation.task.model.apply(federation.task.base, [held], batch, None)[0]
     tokens = [ids.tolist() for ids in np.split(store.tokens, store.offsets[1:-1])]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fslora_jax.data.batches import FILLER, eval_batches, fill, make_batch, rows_for, stream
+from fslora_jax.data.batches import FILLER, BatchShape, eval_batches, fill, make_batch, shape_for, stream
 from fslora_jax.data.tokens import TokenStore
 from fslora_jax.errors import UserError
 from fslora_jax.types import Batch
@@ -19,7 +19,7 @@ def random_store(seed: int, n: int = 30) -> tuple[TokenStore, np.ndarray]:
     lengths = rng.integers(1, LENGTH + 1, n)
     total = lengths.sum()
     tokens, types = rng.integers(0, 99, total).astype(np.int32), rng.integers(0, 2, total).astype(np.int8)
-    return TokenStore(tokens, np.append(0, np.cumsum(lengths)), types), rng.integers(1, 4, n)
+    return TokenStore(tokens, np.append(0, np.cumsum(lengths)), types, 0 * types), rng.integers(1, 4, n)
 
 
 def check_batch(batch: Batch, store: TokenStore, labels: np.ndarray, examples: np.ndarray) -> None:
@@ -47,17 +47,18 @@ def check_batch(batch: Batch, store: TokenStore, labels: np.ndarray, examples: n
 def test_a_batch_gives_each_example_back(seed, pack, slack):
     store, labels = random_store(seed)
     examples = np.random.default_rng(seed).integers(FILLER, 30, (2, 3, 7))
-    num_rows = rows_for(store, examples, LENGTH, pack) + slack
-    batch = make_batch(store, labels, examples, num_rows, LENGTH, pack)
-    assert batch.tokens.shape == (2, 3, num_rows, LENGTH)
-    assert [a.dtype for a in batch] == [np.int32] * 5 + [np.float32]
+    shape = shape_for(store, examples, LENGTH, pack)
+    shape = shape._replace(rows=shape.rows + slack)
+    batch = make_batch(store, labels, examples, shape, pack)
+    assert batch.tokens.shape == (2, 3, shape.rows, LENGTH)
+    assert [a.dtype for a in batch] == [np.int32] * 5 + [np.float32, np.int32]
     for index in np.ndindex(2, 3):
         check_batch(Batch._make(part[index] for part in batch), store, labels, examples[index])
 
 
 def test_without_packing_an_example_has_its_own_row():
     store, labels = random_store(0)
-    batch = make_batch(store, labels, np.arange(5), 5, LENGTH, False)
+    batch = make_batch(store, labels, np.arange(5), BatchShape(5, LENGTH, 0), False)
     segments = np.asarray(batch.segments)
     assert segments[:, 0].tolist() == [1, 2, 3, 4, 5]
     assert ((segments > 0).sum(1) == store.lengths[:5]).all()
@@ -67,21 +68,23 @@ def test_without_packing_an_example_has_its_own_row():
 def test_packing_takes_no_more_rows(seed):
     store, _ = random_store(seed)
     examples = np.random.default_rng(seed).integers(0, 30, (4, 6))
-    assert rows_for(store, examples, LENGTH, True) <= rows_for(store, examples, LENGTH, False) == 6
+    assert (
+        shape_for(store, examples, LENGTH, True).rows <= shape_for(store, examples, LENGTH, False).rows == 6
+    )
 
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_an_example_longer_than_a_row(pack):
-    store = TokenStore(np.ones(9, np.int32), np.array([0, 3, 9]), np.zeros(9, np.int8))
+    store = TokenStore(np.ones(9, np.int32), np.array([0, 3, 9]), *np.zeros((2, 9), np.int8))
     with pytest.raises(UserError, match="row_length is 5, but an example has 6 tokens"):
-        make_batch(store, np.zeros(2, int), np.array([0, 1]), 2, 5, pack)
+        make_batch(store, np.zeros(2, int), np.array([0, 1]), BatchShape(2, 5, 0), pack)
 
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_too_few_rows(pack):
-    store = TokenStore(np.ones(9, np.int32), np.array([0, 3, 9]), np.zeros(9, np.int8))
+    store = TokenStore(np.ones(9, np.int32), np.array([0, 3, 9]), *np.zeros((2, 9), np.int8))
     with pytest.raises(UserError, match="num_rows is 1, but a batch takes 2 rows"):
-        make_batch(store, np.zeros(2, int), np.array([0, 1]), 1, 8, pack)
+        make_batch(store, np.zeros(2, int), np.array([0, 1]), BatchShape(1, 8, 0), pack)
 
 
 @given(SEEDS, st.integers(1, 30), st.integers(1, 9), st.booleans())
@@ -99,6 +102,29 @@ def test_evaluation_sees_every_example_once(seed, n, batch_examples, pack):
         check_batch(batch, store, unique, chosen)
 
 
+@given(SEEDS, st.booleans(), st.integers(0, 3))
+def test_a_language_model_is_asked_for_every_learned_token_once(seed, pack, slack):
+    store, labels = random_store(seed)
+    rng = np.random.default_rng(seed)
+    learned = rng.integers(0, 2, len(store.tokens)).astype(np.int8)
+    learned[store.offsets[:-1]] = 0
+    store = store._replace(learned=learned, tokens=np.arange(len(learned), dtype=np.int32))
+    examples = rng.permutation(30)[:8].reshape(2, 4)
+    shape = shape_for(store, examples, LENGTH, pack)
+    batch = make_batch(store, labels, examples, shape._replace(places=shape.places + slack), pack)
+    asked = []
+    for tokens, segments, places in zip(batch.tokens, batch.segments, batch.places, strict=True):
+        for b, row in enumerate(places):
+            assert (np.diff(row[row >= 0]) > 0).all()
+            asked += tokens[b, row[row >= 0] + 1].tolist()
+            assert (segments[b, row[row >= 0]] == segments[b, row[row >= 0] + 1]).all()
+    expected = [t for e in examples.flat for t in range(*store.offsets[e : e + 2]) if learned[t]]
+    assert sorted(asked) == sorted(expected)
+    if shape.places:
+        with pytest.raises(UserError, match="use shape_for"):
+            make_batch(store, labels, examples, shape._replace(places=shape.places - 1), pack)
+
+
 def test_evaluation_of_nothing_has_no_batches():
     store, labels = random_store(0)
     assert list(eval_batches(store, labels, np.zeros(0, int), 4, LENGTH, True)) == []
@@ -108,15 +134,17 @@ def test_dealing_fills_the_rows():
     # In the given order, one of the ten batches would get everything that is long.
     lengths = np.where(np.arange(500) % 10 == 0, 120, 8)
     total = lengths.sum()
-    store = TokenStore(np.ones(total, np.int32), np.append(0, np.cumsum(lengths)), np.zeros(total, np.int8))
+    store = TokenStore(
+        np.ones(total, np.int32), np.append(0, np.cumsum(lengths)), *np.zeros((2, total), np.int8)
+    )
     batches = list(eval_batches(store, np.zeros(500, int), np.arange(500), 50, 128, True))
     assert min(map(fill, batches)) > 0.9
 
 
 def test_fill_counts_real_tokens():
-    store = TokenStore(np.zeros(6, np.int32), np.array([0, 2, 6]), np.zeros(6, np.int8))
-    assert fill(make_batch(store, np.zeros(2, int), np.array([0, 1]), 2, 6, False)) == 0.5
-    assert fill(make_batch(store, np.zeros(2, int), np.array([0, 1]), 1, 6, True)) == 1.0
+    store = TokenStore(np.zeros(6, np.int32), np.array([0, 2, 6]), *np.zeros((2, 6), np.int8))
+    assert fill(make_batch(store, np.zeros(2, int), np.array([0, 1]), BatchShape(2, 6, 0), False)) == 0.5
+    assert fill(make_batch(store, np.zeros(2, int), np.array([0, 1]), BatchShape(1, 6, 0), True)) == 1.0
 
 
 @given(SEEDS, st.integers(0, 50), st.integers(1, 9), st.integers(0, 40), st.integers(0, 30))

@@ -145,6 +145,7 @@ def jax_logits(case: Case, adapter: Adapter, scale: dict[str, Any]) -> np.ndarra
         types=jnp.zeros_like(tokens),
         labels=jnp.zeros(2, int),
         weights=jnp.ones(2),
+        places=tokens[:, :0],
     )
     local = Local(Trainable(adapter, case.head), scale, trains={}, index={})
     one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (local, batch))

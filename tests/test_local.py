@@ -12,8 +12,8 @@ import toy
 from compare import client_batches, close, drawn, flat, give, oracle_base, oracle_minibatches
 
 from fslora_jax.federation import local
-from fslora_jax.federation.local import ClientOptimizer, cross_entropy, masked, train
-from fslora_jax.types import Batch, Local, Pair, Trainable
+from fslora_jax.federation.local import ClientOptimizer, masked, train
+from fslora_jax.types import Local, Pair, Trainable
 
 CLIENT, K = 3, 3
 UNIT = ClientOptimizer(optax.identity(), lambda step: jnp.float32(1.0))
@@ -27,7 +27,7 @@ def one_client(
     batches = jax.tree.map(lambda x: x[None, :steps], client_batches(toy.POPULATION, CLIENT, 0))
     tier = jax.tree.map(lambda x: x[None], before)
     (after,), losses = jax.jit(train, static_argnums=(0, 1))(
-        toy.make_apply(), optimizer, toy.BASE, [tier], batches, first_step, None
+        toy.make_score(), optimizer, toy.BASE, [tier], batches, first_step, None
     )
     return before, jax.tree.map(lambda x: x[0], after), np.asarray(losses[0])
 
@@ -126,17 +126,6 @@ def test_losses_are_those_before_each_step():
     assert (moving[1:] != untrained[1:]).all()
 
 
-def test_cross_entropy_is_a_mean_over_real_examples():
-    logits = jnp.float32(np.random.default_rng(0).normal(size=(3, 4, 5)))
-    labels = jnp.array([[0, 1, 2, 3], [4, 4, 0, 0], [0, 0, 0, 0]])
-    weights = jnp.array([[1.0, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
-    nothing = jnp.zeros((3, 1, 1), jnp.int32)
-    found = cross_entropy(logits, Batch(nothing, nothing, nothing, nothing, labels, weights))
-    logp = np.asarray(jax.nn.log_softmax(logits))
-    expected = [-np.mean([logp[0, e, labels[0, e]] for e in range(4)]), -np.mean(logp[1, :2, 4]), 0.0]
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
-
-
 def test_dropout_differs_from_step_to_step_and_client_to_client():
     """The same batch in every step, nothing learnt: only the masks can change the loss."""
     still = ClientOptimizer(optax.identity(), lambda step: jnp.float32(0.0))
@@ -147,7 +136,7 @@ def test_dropout_differs_from_step_to_step_and_client_to_client():
     )
     run = jax.jit(train, static_argnums=(0, 1))
     keys = jax.random.split(jax.random.key(0), 2)
-    dropped = np.asarray(run(toy.make_apply(0.5), still, toy.BASE, [tier], batch, 0, keys)[1])
-    plain = np.asarray(run(toy.make_apply(0.5), still, toy.BASE, [tier], batch, 0, None)[1])
+    dropped = np.asarray(run(toy.make_score(0.5), still, toy.BASE, [tier], batch, 0, keys)[1])
+    plain = np.asarray(run(toy.make_score(0.5), still, toy.BASE, [tier], batch, 0, None)[1])
     assert len(np.unique(dropped)) == dropped.size
     np.testing.assert_allclose(plain, plain[0, 0], rtol=1e-6)

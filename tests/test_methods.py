@@ -10,6 +10,7 @@ import pytest
 import toy
 from compare import flat, give
 
+from fslora_jax.federation.round import base_keys
 from fslora_jax.lora import traffic
 from fslora_jax.methods import METHODS, Client, Combined, Method, Payload, Server, fedit, fslora, whole
 from fslora_jax.methods.base import apply_server_optimizer, hold, weighted_sum
@@ -27,7 +28,7 @@ def drawn_sets(spec, rounds: int, clients: int) -> np.ndarray:
 
     @jax.jit
     def of_round(t):
-        keys = by_client(jax.random.fold_in(toy.run_keys().sketch, t), jnp.arange(clients))
+        keys = by_client(jax.random.fold_in(base_keys(5).sketch, t), jnp.arange(clients))
         who = Client(jnp.arange(clients), jnp.full(clients, 8), jnp.ones(clients))
         held = jax.vmap(lambda key, client: method.download(key, server, client, 8))(keys, who)
         return jnp.sort(jnp.concatenate(list(held.index.values()), 1), -1)

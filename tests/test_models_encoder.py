@@ -45,7 +45,7 @@ def make_batch(family, rows, clients=1, shape=(5, 16), examples=7):
             positions[b, here], types[b, here] = np.arange(LENGTHS[e]), types_of(family, LENGTHS[e])
     labels = np.resize(LABELS, examples)
     weights = (np.arange(examples) < len(LENGTHS)).astype(np.float32)
-    batch = Batch(tokens, segments, positions, types, labels, weights)
+    batch = Batch(tokens, segments, positions, types, labels, weights, np.zeros((shape[0], 0), int))
     return jax.tree.map(lambda leaf: jnp.asarray(np.stack([leaf] * clients)), batch)
 
 

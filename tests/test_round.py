@@ -100,7 +100,7 @@ def test_identity_7_a_cohort_is_a_loop_over_clients():
     def alone(given: Local, batches: Batch) -> tuple[Payload, jax.Array]:
         tier, batches = jax.tree.map(lambda x: x[None], (given, batches))
         first = server.round * toy.STEPS.local_steps
-        (after,), loss = local.train(toy.make_apply(), optimizer, base, [tier], batches, first, None)
+        (after,), loss = local.train(toy.make_score(), optimizer, base, [tier], batches, first, None)
         return jax.vmap(method.upload)(tier, after), loss[0]
 
     payloads, losses = [], {}

@@ -14,7 +14,7 @@ from hlo import Product
 
 from fslora_jax.federation import round as round_module
 from fslora_jax.federation.cohort import Layout
-from fslora_jax.federation.local import ClientOptimizer, cross_entropy, train
+from fslora_jax.federation.local import ClientOptimizer, train
 from fslora_jax.federation.round import Cohort, make_round
 from fslora_jax.lora import select_targets
 from fslora_jax.methods import Client, Spec, fedit, fslora
@@ -55,7 +55,7 @@ def model() -> Model:
 
 
 def compiled(
-    apply: Callable | None = None,
+    score: Callable | None = None,
     *,
     method=fedit,
     caps: tuple[int, ...] = (R,) * C,
@@ -66,7 +66,7 @@ def compiled(
     targets = select_targets(model().modules, ["query", "value", "output.dense"])
     federated = method(Spec(targets, R, 1.0), optax.sgd(1.0))
     one_round = make_round(
-        apply or model().apply,
+        score or model().score,
         federated,
         ClientOptimizer(optax.trace(0.9), lambda step: jnp.float32(0.1)),
         Layout(caps, 1),
@@ -80,7 +80,7 @@ def compiled(
         if stack:
             base = jax.tree.map(lambda x: jnp.stack([x] * stack), base)
         rows, examples = jnp.ones((C, H, B, L), jnp.int32), jnp.ones((C, H, E))
-        batch = Batch(rows, rows, rows, rows, examples.astype(jnp.int32), examples)
+        batch = Batch(rows, rows, rows, rows, examples.astype(jnp.int32), examples, rows[..., :0])
         clients = Client(jnp.arange(C), jnp.array(caps), jnp.full(C, 1 / C))
         cohort = jax.tree.map(lambda x: x[None, None], Cohort(clients, batch))
         return base, federated.init(key, model().init_head(key)), round_module.Keys(key, key), cohort
@@ -105,27 +105,27 @@ def test_frozen_weights_in_the_masked_layout():
 
 
 def test_the_checks_see_a_base_stacked_over_clients():
-    def apply(base, tiers, batch, keys):
+    def score(base, tiers, batch, keys):
         def alone(base, tier, batch):
             tier, batch = jax.tree.map(lambda x: x[None], (tier, batch))
-            return model().apply(base, [tier], batch)[0]
+            return jax.tree.map(lambda x: x[0], model().score(base, [tier], batch))
 
         return jax.vmap(alone)(base, tiers[0], batch)
 
-    text = compiled(apply, stack=C)
+    text = compiled(score, stack=C)
     assert hlo.frozen_products(text, KERNELS) != EXPECTED
     assert (C, D, F) in hlo.copies(text, KERNELS, N)
 
 
 def test_the_checks_see_a_cohort_in_two_parts():
-    def apply(base, tiers, batch, keys):
+    def score(base, tiers, batch, keys):
         def part(clients: slice):
             tier, mine = jax.tree.map(lambda x: x[clients], (tiers[0], batch))
-            return model().apply(base, [tier], mine)
+            return model().score(base, [tier], mine)
 
-        return jnp.concatenate([part(slice(2)), part(slice(2, C))])
+        return jax.tree.map(lambda *x: jnp.concatenate(x), part(slice(2)), part(slice(2, C)))
 
-    found = hlo.frozen_products(compiled(apply), KERNELS)
+    found = hlo.frozen_products(compiled(score), KERNELS)
     assert found[Product((2 * B * L, D), (D, F), 0)] == 1
     assert found[Product((ROWS, D), (D, F), 0)] == 0
 
@@ -138,10 +138,10 @@ def test_the_checks_see_a_second_forward_pass(monkeypatch):
 
 
 def test_the_checks_see_a_gradient_of_the_base(monkeypatch):
-    def wasteful(apply, optimizer, base, tiers, batches, first_step, keys):
-        after, losses = train(apply, optimizer, base, tiers, batches, first_step, keys)
+    def wasteful(score, optimizer, base, tiers, batches, first_step, keys):
+        after, losses = train(score, optimizer, base, tiers, batches, first_step, keys)
         batch = jax.tree.map(lambda x: x[:, 0], batches)
-        gradient = jax.grad(lambda base: cross_entropy(apply(base, after, batch, keys), batch).sum())(base)
+        gradient = jax.grad(lambda base: score(base, after, batch, keys).loss.sum())(base)
         return after, losses + sum(abs(g).sum() for g in jax.tree.leaves(gradient))
 
     monkeypatch.setattr(round_module, "train", wasteful)

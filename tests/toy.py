@@ -12,13 +12,14 @@ import oracle
 from jax.sharding import AxisType, Mesh
 
 from fslora_jax import lora
+from fslora_jax.data.batches import BatchShape
 from fslora_jax.data.tokens import TokenStore
 from fslora_jax.federation.cohort import Layout, plan_layout
 from fslora_jax.federation.feed import Population, Steps, make_cohort
-from fslora_jax.federation.local import Apply, ClientOptimizer
-from fslora_jax.federation.round import CLIENTS, Keys, make_round, shardings
+from fslora_jax.federation.local import ClientOptimizer, ScoreFn
+from fslora_jax.federation.round import CLIENTS, base_keys, make_round, shardings
 from fslora_jax.methods import Method, Server, Spec, fslora
-from fslora_jax.random import Purpose, device_key
+from fslora_jax.models.scores import score_labels
 from fslora_jax.types import Batch, Local, Trainable
 
 D, F, VOCAB, LABELS, LAYERS, R = 5, 7, 11, 3, 2, 6
@@ -26,6 +27,7 @@ ORDER = ("up", "down")
 TARGETS = {"down": lora.Target(F, D, LAYERS), "up": lora.Target(D, F, LAYERS)}
 SPEC = Spec(TARGETS, R, scale=0.5)
 STEPS = Steps(seed=3, local_steps=3, batch_size=2, row_length=4, packing=False)
+SHAPE = BatchShape(STEPS.batch_size, STEPS.row_length, 0)
 RANKS = np.array([1, 3, 6, 3, 1, 1, 3])
 EVERYBODY = np.arange(len(RANKS))
 COHORTS = (np.array([0, 3, 4]), np.array([0, 2, 4]), np.array([1, 4, 5]))
@@ -66,8 +68,8 @@ METHOD = fslora(SPEC, SERVERS["average"][0])
 
 
 @cache
-def make_apply(dropout: float = 0.0) -> Apply:
-    """The toy model in the shape of `local.Apply`."""
+def make_score(dropout: float = 0.0) -> ScoreFn:
+    """The toy model in the shape of `local.ScoreFn`."""
 
     def drop(key, x, place: int):
         keep = jax.random.bernoulli(jax.random.fold_in(key, place), 1 - dropout, x.shape)
@@ -93,7 +95,7 @@ def make_apply(dropout: float = 0.0) -> Apply:
         heads = [t.weights.head["classifier"] for t in tiers]
         return lora.per_client(lambda head, x: x @ head["kernel"] + head["bias"], heads, x)
 
-    return apply
+    return partial(score_labels, apply)
 
 
 def mean_embedding(embed, batch: Batch):
@@ -121,7 +123,7 @@ def make_population(ranks: np.ndarray = RANKS, shares: np.ndarray | None = None,
     sizes = rng.integers(3, 6, len(ranks))
     lengths = rng.integers(1, STEPS.row_length + 1, sizes.sum())
     tokens = rng.integers(0, VOCAB, lengths.sum()).astype(np.int32)
-    store = TokenStore(tokens, np.append(0, np.cumsum(lengths)), np.zeros(len(tokens), np.int8))
+    store = TokenStore(tokens, np.append(0, np.cumsum(lengths)), *np.zeros((2, len(tokens)), np.int8))
     return Population(
         store=store,
         labels=rng.integers(0, LABELS, sizes.sum()),
@@ -132,15 +134,6 @@ def make_population(ranks: np.ndarray = RANKS, shares: np.ndarray | None = None,
 
 
 POPULATION = make_population()
-
-
-def run_keys(seed: int = 5, mesh: Mesh | None = None) -> Keys:
-    """The base keys of a run; computed in place, since ``device_put`` refuses keys on a mesh of several processes."""
-
-    def keys() -> Keys:
-        return Keys(device_key(seed, Purpose.SKETCH), device_key(seed, Purpose.DROPOUT))
-
-    return jax.jit(keys, out_shardings=shardings(mesh)[0])()
 
 
 @partial(jax.jit, static_argnums=0)
@@ -168,7 +161,7 @@ def compiled_round(
 ):
     """The package's round, one program for each set of arguments in a whole test session."""
     one_round = make_round(
-        make_apply(dropout),
+        make_score(dropout),
         method,
         optimizer,
         layout,
@@ -206,13 +199,11 @@ def play(
         layout = plan_layout(population.ranks, cohorts, r=R, lanes=lanes, tiered=tiered)
     one_round = compiled_round(method, optimizer, layout, dropout, mesh)
     first = start(method) if server is None else server
-    keys = run_keys(seed, mesh)
+    keys = base_keys(seed, mesh)
     base, server = jax.device_put((BASE, first), shardings(mesh)[0])
     servers, losses = [server], {}
     for t, ids in enumerate(cohorts):
-        cohort = make_cohort(
-            population, STEPS, layout, ids, t, num_rows=STEPS.batch_size, chunks=chunks, mesh=mesh
-        )
+        cohort = make_cohort(population, STEPS, layout, ids, t, shape=SHAPE, chunks=chunks, mesh=mesh)
         server, by_slot = one_round(base, server, keys, cohort)
         servers.append(server)
         losses |= by_client(t, cohort.clients.id, by_slot)

@@ -1,9 +1,10 @@
 """Minibatches as pure functions: which examples a client sees when, and the arrays that hold them."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Int32
 
 from fslora_jax.data import packing
 from fslora_jax.data.tokens import TokenStore
@@ -13,6 +14,14 @@ from fslora_jax.types import Batch
 
 FILLER = -1
 """Stands for an example that is not there; it has no tokens and no weight."""
+
+
+class BatchShape(NamedTuple):
+    """The static shape of a batch: rows, tokens of a row, and predicted tokens of a row (0 with labels)."""
+
+    rows: int
+    row_length: int
+    places: int
 
 
 def stream(
@@ -38,22 +47,22 @@ def make_batch(
     store: TokenStore,
     labels: Int[np.ndarray, " n"],
     examples: Int[np.ndarray, "*lead E"],
-    num_rows: int,
-    row_length: int,
+    shape: BatchShape,
     pack: bool,
 ) -> Batch:
     """Lay the examples of each batch into rows, as NumPy arrays with the leading axes of ``examples``.
 
-    With ``pack``, several share a row; else example ``e`` has row ``e``. ``rows_for`` tells how many rows it
+    With ``pack``, several share a row; else example ``e`` has row ``e``. ``shape_for`` tells the shape that it
     takes. Padding is token 0 of segment 0.
     """
+    num_rows, row_length, num_places = shape
     *lead, num_examples = examples.shape
     chosen = examples.reshape(-1, num_examples)
     real = chosen != FILLER
     lengths = np.where(real, store.lengths[chosen], 0)
     rows = _rows(lengths, row_length, pack)
     if rows.max(initial=-1) >= num_rows:
-        raise UserError(f"num_rows is {num_rows}, but a batch takes {rows.max() + 1} rows; use rows_for")
+        raise UserError(f"num_rows is {num_rows}, but a batch takes {rows.max() + 1} rows; use shape_for")
     first = (np.arange(len(chosen))[:, None] * num_rows + rows) * row_length + _starts(lengths, rows)
 
     count = lengths.ravel()
@@ -65,13 +74,24 @@ def make_batch(
     cells[:, target] = store.tokens[source], segments, within, store.types[source]
     labels_of = np.where(real, labels[chosen], 0).astype(np.int32).reshape(examples.shape)
     weights = real.astype(np.float32).reshape(examples.shape)
-    return Batch._make((*cells.reshape(4, *lead, num_rows, row_length), labels_of, weights))
+    asked = target[store.learned[source] > 0] - 1  # a token is predicted at the one before it
+    places = _places(asked, len(chosen) * num_rows, row_length, num_places).reshape(
+        *lead, num_rows, num_places
+    )
+    return Batch._make((*cells.reshape(4, *lead, num_rows, row_length), labels_of, weights, places))
 
 
-def rows_for(store: TokenStore, examples: Int[np.ndarray, "*lead E"], row_length: int, pack: bool) -> int:
-    """The rows that hold any one of the batches: the static shape of a whole run."""
+def shape_for(
+    store: TokenStore, examples: Int[np.ndarray, "*lead E"], row_length: int, pack: bool
+) -> BatchShape:
+    """The smallest shape that holds any one of the batches."""
     lengths = np.where(examples != FILLER, store.lengths[examples], 0)
-    return int(_rows(lengths, row_length, pack).max(initial=-1)) + 1
+    rows = _rows(lengths, row_length, pack)
+    learned = np.add.reduceat(np.append(store.learned, 0), store.offsets[:-1]) * (store.lengths > 0)
+    asked = np.where(examples != FILLER, learned[examples], 0)
+    batches = np.arange(asked.size) // asked.shape[-1]
+    by_row = np.bincount(batches * asked.shape[-1] + rows.ravel(), weights=asked.ravel())
+    return BatchShape(int(rows.max(initial=-1)) + 1, row_length, int(by_row.max(initial=0)))
 
 
 def eval_batches(
@@ -90,9 +110,9 @@ def eval_batches(
     num_batches = -(-len(examples) // batch_examples)
     dealt = np.full((batch_examples, num_batches), FILLER)
     dealt.flat[: len(examples)] = examples[np.argsort(-store.lengths[examples], kind="stable")]
-    num_rows = rows_for(store, dealt.T, row_length, pack)
+    shape = shape_for(store, dealt.T, row_length, pack)
     for chosen in dealt.T:
-        yield make_batch(store, labels, chosen, num_rows, row_length, pack)
+        yield make_batch(store, labels, chosen, shape, pack)
 
 
 def fill(batch: Batch) -> float:
@@ -110,3 +130,16 @@ def _rows(lengths: Int[np.ndarray, "*lead E"], row_length: int, pack: bool) -> I
 def _starts(lengths: Int[np.ndarray, "m E"], rows: Int[np.ndarray, "m E"]) -> Int[np.ndarray, "m E"]:
     earlier = np.tri(lengths.shape[-1], k=-1, dtype=bool)
     return np.einsum("mef,mf->me", (rows[:, :, None] == rows[:, None, :]) & earlier, lengths)
+
+
+def _places(
+    asked: Int[np.ndarray, " n"], num_rows: int, row_length: int, num_places: int
+) -> Int32[np.ndarray, "rows T"]:
+    """Flat cells as places within their rows, -1 where a row has fewer than ``num_places``."""
+    rows, within = np.divmod(np.sort(asked), row_length)
+    count = np.bincount(rows, minlength=num_rows)
+    if count.max(initial=0) > num_places:
+        raise UserError(f"a row asks for {count.max()} tokens, the shape has {num_places}; use shape_for")
+    places = np.full((num_rows, num_places), -1, np.int32)
+    places[rows, np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)] = within
+    return places

@@ -15,11 +15,15 @@ CHUNK = 4096
 
 
 class TokenStore(NamedTuple):
-    """A ragged array: example ``i`` is ``tokens[offsets[i]:offsets[i + 1]]``, and ``types`` likewise."""
+    """A ragged array: example ``i`` is ``tokens[offsets[i]:offsets[i + 1]]``, and ``types`` likewise.
+
+    ``learned`` is 1 on the tokens that a language model shall learn to predict, never on an example's first.
+    """
 
     tokens: Int32[np.ndarray, " total"]
     offsets: Int64[np.ndarray, " n+1"]
     types: Int8[np.ndarray, " total"]
+    learned: Int8[np.ndarray, " total"]
 
     @property
     def lengths(self) -> Int[np.ndarray, " n"]:
@@ -65,7 +69,7 @@ def encode(
     if lengths.min() == 0:
         raise UserError(f"example {lengths.argmin()} has no tokens; remove the empty text from the data")
     types = types if len(texts) == 2 else np.zeros_like(types)
-    return TokenStore(tokens, np.append(0, np.cumsum(lengths)), types)
+    return TokenStore(tokens, np.append(0, np.cumsum(lengths)), types, np.zeros_like(types))
 
 
 def _flatten(

@@ -6,7 +6,7 @@ import numpy as np
 
 from fslora_jax.backend import compiler_options
 from fslora_jax.config import Config
-from fslora_jax.data.batches import make_batch, rows_for
+from fslora_jax.data.batches import make_batch, shape_for
 from fslora_jax.errors import UserError
 from fslora_jax.federation.feed import local_examples
 from fslora_jax.federation.local import train
@@ -30,8 +30,8 @@ def train_client(config: Config, federation: Federation, server: Server, client:
     k = int(population.ranks[client])
     ids = np.array([client])
     chosen = local_examples(population, steps, ids, round)
-    rows = rows_for(population.store, chosen, steps.row_length, steps.packing)
-    batches = make_batch(population.store, population.labels, chosen, rows, steps.row_length, steps.packing)
+    shape = shape_for(population.store, chosen, steps.row_length, steps.packing)
+    batches = make_batch(population.store, population.labels, chosen, shape, steps.packing)
 
     def key(purpose: Purpose) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(device_key(config.seed, purpose), round), client)
@@ -40,7 +40,7 @@ def train_client(config: Config, federation: Federation, server: Server, client:
         key(Purpose.SKETCH), server, Client(jnp.int32(client), jnp.int32(k), jnp.float32(1)), k
     )
     after, _ = jax.jit(train, static_argnums=(0, 1), compiler_options=compiler_options())(
-        federation.task.model.apply,
+        federation.task.model.score,
         federation.optimizer,
         federation.task.base,
         [jax.tree.map(lambda x: x[None], given)],

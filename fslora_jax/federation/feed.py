@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from fslora_jax.data.batches import FILLER, make_batch, rows_for, stream
+from fslora_jax.data.batches import FILLER, BatchShape, make_batch, shape_for, stream
 from fslora_jax.data.tokens import TokenStore
 from fslora_jax.federation.cohort import EMPTY, Layout, place
 from fslora_jax.federation.round import Cohort, shardings
@@ -75,7 +75,7 @@ def best_row_length(population: Population, steps: Steps, cohorts: Sequence[np.n
     """
 
     def cost(row_length: int) -> float:
-        rows = plan_rows(population, steps._replace(row_length=row_length), cohorts[:8])
+        rows = plan_shape(population, steps._replace(row_length=row_length), cohorts[:8]).rows
         return rows * row_length * (1 + row_length / 512)
 
     longest = int(population.store.lengths.max())
@@ -83,12 +83,15 @@ def best_row_length(population: Population, steps: Steps, cohorts: Sequence[np.n
     return min(range(start, 2 * start + 1, 8), key=cost) if steps.packing else start
 
 
-def plan_rows(population: Population, steps: Steps, cohorts: Sequence[np.ndarray]) -> int:
-    """Rows of a batch that suffice in every round, so that one program serves them all."""
-    return max(
-        rows_for(population.store, local_examples(population, steps, ids, t), steps.row_length, steps.packing)
+def plan_shape(population: Population, steps: Steps, cohorts: Sequence[np.ndarray]) -> BatchShape:
+    """A shape that holds every batch of every round, so that one program serves them all."""
+    shapes = [
+        shape_for(
+            population.store, local_examples(population, steps, ids, t), steps.row_length, steps.packing
+        )
         for t, ids in enumerate(cohorts)
-    )
+    ]
+    return BatchShape(*map(max, zip(*shapes, strict=True)))
 
 
 def make_cohort(
@@ -98,7 +101,7 @@ def make_cohort(
     ids: np.ndarray,
     round: int,
     *,
-    num_rows: int,
+    shape: BatchShape,
     chunks: int,
     mesh: Mesh | None = None,
 ) -> Cohort:
@@ -114,9 +117,7 @@ def make_cohort(
         here = [d.process_index == jax.process_index() for d in mesh.devices.flat]
         by_device = jax.tree.map(lambda x: x[here], by_device)
     chosen = local_examples(population, steps, by_device.id, round)
-    batches = make_batch(
-        population.store, population.labels, chosen, num_rows, steps.row_length, steps.packing
-    )
+    batches = make_batch(population.store, population.labels, chosen, shape, steps.packing)
     cohort = Cohort(by_device, batches)
     if mesh is None:
         return jax.device_put(cohort)

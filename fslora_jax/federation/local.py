@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from fslora_jax.types import Batch, Local, Pair, Trainable
+from fslora_jax.types import Batch, Local, Pair, Score, Trainable
 
-Apply = Callable[[PyTree, Sequence[Local], Batch, Key[Array, " C"] | None], Float[Array, "C E V"]]
-"""A model: (base, tiers, batch, dropout keys) -> logits of every example of every client."""
+ScoreFn = Callable[[PyTree, Sequence[Local], Batch, Key[Array, " C"] | None], Score]
+"""A model: (base, tiers, batch, dropout keys) -> each client's score."""
 
 
 class ClientOptimizer(NamedTuple):
@@ -25,12 +25,6 @@ class ClientOptimizer(NamedTuple):
     learning_rate: optax.Schedule
 
 
-def cross_entropy(logits: Float[Array, "C E V"], batch: Batch) -> Float[Array, " C"]:
-    """Each client's mean cross-entropy over its real examples; 0 for a client without any."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-    return (losses * batch.weights).sum(-1) / jnp.maximum(batch.weights.sum(-1), 1.0)
-
-
 def masked(updates: Trainable, trains: dict[str, Float[Array, "N k"]]) -> Trainable:
     """Updates of the components that may move, exact zeros elsewhere: weight decay must not touch a spare one."""
     adapter = {
@@ -41,7 +35,7 @@ def masked(updates: Trainable, trains: dict[str, Float[Array, "N k"]]) -> Traina
 
 
 def train(
-    apply: Apply,
+    score: ScoreFn,
     optimizer: ClientOptimizer,
     base: PyTree,
     tiers: Sequence[Local],
@@ -57,7 +51,8 @@ def train(
 
     def loss(weights: list[Trainable], batch: Batch, keys: Key[Array, " C"] | None) -> tuple[Array, Array]:
         held = [tier._replace(weights=w) for tier, w in zip(tiers, weights, strict=True)]
-        losses = cross_entropy(apply(base, held, batch, keys), batch)
+        scores = score(base, held, batch, keys)
+        losses = scores.loss / jnp.maximum(scores.count, 1.0)
         return losses.sum(), losses
 
     def one_client(weights: Trainable, state: PyTree, grads: Trainable, local: Local, rate: Array):

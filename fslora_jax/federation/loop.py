@@ -17,11 +17,11 @@ from fslora_jax.config import Config
 from fslora_jax.data.batches import fill
 from fslora_jax.data.partition import label_counts
 from fslora_jax.errors import UserError
-from fslora_jax.evaluate import make_evaluation
+from fslora_jax.evaluate import make_evaluation, means
 from fslora_jax.federation.cohort import EMPTY
 from fslora_jax.federation.feed import make_cohort
 from fslora_jax.federation.results import write_global
-from fslora_jax.federation.round import Cohort, Keys, make_round, shardings
+from fslora_jax.federation.round import Cohort, Keys, base_keys, make_round, shardings
 from fslora_jax.federation.setup import Federation, initial_server, set_up
 from fslora_jax.log import JsonLines, Logger, open_loggers, read_records
 from fslora_jax.lora import Traffic, traffic
@@ -80,21 +80,18 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
     kept = done or -1  # without a checkpoint the evaluation of the start is done again, too
     loggers = open_loggers(config.loggers, run_dir, kept)
     clock = JsonLines(run_dir / "timings.jsonl", kept)
-    keys = jax.device_put(
-        Keys(device_key(config.seed, Purpose.SKETCH), device_key(config.seed, Purpose.DROPOUT)),
-        shardings(mesh)[0],
-    )
+    keys = base_keys(config.seed, mesh)
     test = jax.device_put(federation.task.test, shardings(mesh)[0])
-    evaluation = make_evaluation(federation.task.model.apply, federation.spec)
+    evaluation = make_evaluation(federation.task.model.score, federation.spec)
 
     def evaluate(server: Server) -> dict[str, float]:
-        means = evaluation(base, server.weights, test).means()
-        if not math.isfinite(means["loss"]):
+        found = means(evaluation(base, server.weights, test))
+        if not math.isfinite(found["loss"]):
             raise UserError(
-                f"round {int(server.round)}: loss {means['loss']} on the held-out examples; lower "
+                f"round {int(server.round)}: loss {found['loss']} on the held-out examples; lower "
                 "client_optimizer.learning_rate, or look at the model's weights; the last checkpoint is kept"
             )
-        return {f"eval/{name}": value for name, value in means.items()}
+        return {f"eval/{name}": value for name, value in found.items()}
 
     meter = Meter(federation)
     with ExitStack() as stack:
@@ -134,7 +131,7 @@ def cohort_of(config: Config, federation: Federation, t: int) -> Cohort:
         federation.layout,
         federation.cohorts[t],
         t,
-        num_rows=federation.num_rows,
+        shape=federation.shape,
         chunks=config.federation.cohort_chunks,
         mesh=federation.mesh,
     )
@@ -144,7 +141,7 @@ def compile_round(config: Config, federation: Federation, server: Server, keys: 
     """The one executable of all rounds, and the seconds that it took: another shape would be an error."""
     started = time.perf_counter()
     one_round = make_round(
-        federation.task.model.apply,
+        federation.task.model.score,
         federation.method,
         federation.optimizer,
         federation.layout,

@@ -10,8 +10,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Key, PyTree
 
 from fslora_jax.federation.cohort import Layout
-from fslora_jax.federation.local import Apply, ClientOptimizer, train
+from fslora_jax.federation.local import ClientOptimizer, ScoreFn, train
 from fslora_jax.methods import Client, Method, Server
+from fslora_jax.random import Purpose, device_key
 from fslora_jax.types import Batch
 
 CLIENTS = "clients"
@@ -25,6 +26,15 @@ class Keys(NamedTuple):
     dropout: Key[Array, ""]
 
 
+def base_keys(seed: int, mesh: Mesh | None = None) -> Keys:
+    """The keys of a run, made in place: ``device_put`` refuses keys on a mesh of several processes."""
+
+    def make() -> Keys:
+        return Keys(device_key(seed, Purpose.SKETCH), device_key(seed, Purpose.DROPOUT))
+
+    return jax.jit(make, out_shardings=shardings(mesh)[0])()
+
+
 class Cohort(NamedTuple):
     """The clients of one round in their slots; leaves ``(devices, chunks, slots, ...)``."""
 
@@ -33,7 +43,7 @@ class Cohort(NamedTuple):
 
 
 def make_round(
-    apply: Apply,
+    score: ScoreFn,
     method: Method,
     optimizer: ClientOptimizer,
     layout: Layout,
@@ -65,7 +75,7 @@ def make_round(
             weights.append(tier.weight)
             start += count
         first_step = server.round * local_steps
-        after, losses = train(apply, optimizer, base, given, batches, first_step, dropout_keys)
+        after, losses = train(score, optimizer, base, given, batches, first_step, dropout_keys)
         payloads = [jax.vmap(method.upload)(b, a) for b, a in zip(given, after, strict=True)]
         return method.combine(payloads, weights), losses
 

@@ -11,13 +11,13 @@ from jaxtyping import PyTree
 
 from fslora_jax import hub
 from fslora_jax.config import ClientOptimizerConfig, Config, DataConfig
-from fslora_jax.data.batches import eval_batches
+from fslora_jax.data.batches import BatchShape, eval_batches
 from fslora_jax.data.partition import PARTITIONS, Partition, check_partition
 from fslora_jax.data.tasks import Examples, load_file, load_hub, split_examples
 from fslora_jax.data.tokens import TokenStore, encode, load_tokenizer
 from fslora_jax.errors import UserError
 from fslora_jax.federation.cohort import Layout, plan_layout, sample_cohort
-from fslora_jax.federation.feed import Population, Steps, best_row_length, plan_rows
+from fslora_jax.federation.feed import Population, Steps, best_row_length, plan_shape
 from fslora_jax.federation.local import ClientOptimizer
 from fslora_jax.federation.round import CLIENTS, shardings
 from fslora_jax.lora import lora_scale, select_targets
@@ -50,7 +50,7 @@ class Federation(NamedTuple):
     steps: Steps
     layout: Layout
     cohorts: list[np.ndarray]
-    num_rows: int
+    shape: BatchShape
     mesh: Mesh | None
 
 
@@ -215,7 +215,7 @@ def set_up(config: Config) -> Federation:
         steps=steps,
         layout=layout,
         cohorts=cohorts,
-        num_rows=plan_rows(task.population, steps, cohorts),
+        shape=plan_shape(task.population, steps, cohorts),
         mesh=mesh,
     )
 

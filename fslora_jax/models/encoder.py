@@ -13,6 +13,7 @@ from fslora_jax import lora
 from fslora_jax.errors import UserError
 from fslora_jax.models.layers import Config, Embeddings, Layer, attention_bias, linear, linear_sizes
 from fslora_jax.models.model import Model, Naming
+from fslora_jax.models.scores import score_labels
 from fslora_jax.types import Batch, Head, Local
 
 
@@ -40,8 +41,10 @@ def encoder(c: Config, options: Options, naming: Naming) -> Model:
         for name, make in parts.items()
     }
     modules = {path: lora.Target(i, o, c.num_hidden_layers) for path, (i, o) in linear_sizes(c).items()}
+    apply = partial(_apply, graphs, options, frozenset(modules))
     return Model(
-        apply=partial(_apply, graphs, options, frozenset(modules)),
+        apply=apply,
+        score=partial(score_labels, apply),
         init_base=partial(_init_base, parts, c.num_hidden_layers),
         init_head=partial(_init_head, c, options),
         modules=modules,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Array, Float, Key
 
 from fslora_jax.lora import Target
-from fslora_jax.types import Head
+from fslora_jax.types import Head, Score
 
 
 class Naming(NamedTuple):
@@ -28,6 +28,7 @@ class Model(NamedTuple):
       ``types.Local``, each stacked over its clients and in the order of the batch; all adapt the same
       modules, and no module is the plain base. ``dropout`` holds one key per client while training, None in
       evaluation.
+    - ``score(base, tiers, batch, dropout=None) -> Score`` of each client: what training and evaluation ask for.
     - ``init_base(key)``: random base weights; ``jax.eval_shape`` of it is the abstract base.
     - ``init_head(key)``: the head that training starts from.
     - ``modules``: path inside a layer -> size of each linear module that an adapter may name.
@@ -35,6 +36,7 @@ class Model(NamedTuple):
     """
 
     apply: Callable[..., Float[Array, "C E labels"]]
+    score: Callable[..., Score]
     init_base: Callable[[Key[Array, ""]], dict[str, Any]]
     init_head: Callable[[Key[Array, ""]], Head]
     modules: dict[str, Target]
