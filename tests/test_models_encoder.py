@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fslora_jax import lora
 from fslora_jax.errors import UserError
-from fslora_jax.models import build_model, layers, load_model
+from fslora_jax.models import attention, build_model, encoder, layers, load_model
 from fslora_jax.types import Batch, Local, Pair, Trainable
 
 LENGTHS = (7, 3, 5, 4, 10)
@@ -257,8 +257,8 @@ def test_dropout_is_on_the_adapters_input_only():
 
 
 def test_each_module_draws_its_own_mask():
-    config = layers.Config(**{name: CONFIG[name] for name in layers.Config._fields})
-    layer = layers.Layer(config, 0.5, jnp.dtype("float32"), nnx.Rngs(0))
+    config = encoder.Config(**{name: CONFIG[name] for name in encoder.Config._fields})
+    layer = encoder.EncoderLayer(config, 0.5, jnp.dtype("float32"), nnx.Rngs(0))
     query, key = "attention.self.query", "attention.self.key"
     layer.linear[key] = layer.linear[query]
     pair, scale = Pair(jnp.ones((1, 2, 16)), jnp.ones((1, 2, 16))), jnp.ones((1, 2))
@@ -281,9 +281,11 @@ def test_scores_are_float32_under_bfloat16():
     half = [m.astype(jnp.bfloat16) for m in (q, k, v)]
     exact = [m.astype(jnp.float32) for m in half]
     bias = jnp.zeros((1, 2, 1, 8, 8))
-    got = layers.attention(*half, bias, heads=1)
+    got = attention.attention(*half, bias, head_dim=16)
     assert got.dtype == jnp.bfloat16
-    np.testing.assert_allclose(got.astype(jnp.float32), layers.attention(*exact, bias, heads=1), atol=2e-2)
+    np.testing.assert_allclose(
+        got.astype(jnp.float32), attention.attention(*exact, bias, head_dim=16), atol=2e-2
+    )
 
 
 @pytest.mark.parametrize("act", layers.ACTIVATIONS)

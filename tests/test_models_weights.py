@@ -171,7 +171,7 @@ def test_config_that_is_no_object(edit, text):
     [
         ("model_type", "albert", "expected one of ['bert', 'roberta']"),
         ("model_type", 3, "expected"),
-        ("hidden_act", "silu", "expected one of ['gelu', 'gelu_new', 'gelu_pytorch_tanh', 'relu']"),
+        ("hidden_act", "selu", "expected one of ['gelu', 'gelu_new', 'gelu_pytorch_tanh', 'relu', 'silu']"),
         ("position_embedding_type", "relative_key", "expected 'absolute'"),
         ("is_decoder", True, "expected False"),
         ("add_cross_attention", True, "expected False"),
@@ -216,3 +216,13 @@ def test_more_layers_in_the_config_than_in_the_file(edit):
 def test_fewer_layers_in_the_config_than_in_the_file(edit):
     message = error(edit(config=lambda c: c.update(num_hidden_layers=2)))
     assert "unknown tensor" in message and ".encoder.layer.2." in message and "(16 in all)" in message
+
+
+def test_field_that_nobody_reads(edit):
+    message = error(edit(config=lambda c: c.update(rotary_dim=4)))
+    assert "config.json: rotary_dim is 4, a field that" in message and "is not known to have" in message
+
+
+def test_code_from_a_models_folder_is_never_run(edit):
+    message = error(edit(config=lambda c: c.update(auto_map={"AutoModel": "modeling.Net"})))
+    assert "config.json: auto_map asks for code from the model's folder, which is never run" in message

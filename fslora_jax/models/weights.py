@@ -10,7 +10,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fslora_jax.errors import UserError
-from fslora_jax.models.families import Family, build_model, find_family
+from fslora_jax.models.families import build_model, find_family
+from fslora_jax.models.family import Family
 from fslora_jax.models.model import Model
 
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}

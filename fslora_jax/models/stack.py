@@ -1,0 +1,86 @@
+"""Equal layers, scanned: the weights of all of them on a leading axis, each client's own beside them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from fslora_jax.errors import UserError
+from fslora_jax.types import Local
+
+Parts = Mapping[str, Callable[[nnx.Rngs], nnx.Module]]
+"""What a base consists of: its top-level keys, with what makes each; "layers" makes one layer of the stack."""
+
+
+def graphs(parts: Parts) -> dict[str, nnx.GraphDef]:
+    """The structure of each part, to be merged with its weights."""
+
+    def structure(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.GraphDef:
+        return nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+
+    return {name: structure(make) for name, make in parts.items()}
+
+
+def init_base(parts: Parts, layers: int, key: Key[Array, ""]) -> dict[str, Any]:
+    """Random weights of all parts."""
+
+    def pure(name: str, key: Key[Array, ""]) -> dict[str, Any]:
+        return nnx.to_pure_dict(nnx.state(parts[name](nnx.Rngs(key))))
+
+    keys = dict(zip(parts, jax.random.split(key, len(parts)), strict=True))
+    stacked = jax.vmap(partial(pure, "layers"))(jax.random.split(keys["layers"], layers))
+    return {name: stacked if name == "layers" else pure(name, keys[name]) for name in parts}
+
+
+def run_layers(
+    graph: nnx.GraphDef,
+    weights: PyTree,
+    tiers: Sequence[Local],
+    x: Float[Array, "C B L D"],
+    shared: PyTree,
+    each: tuple[PyTree, ...] = (),
+    dropout: Key[Array, " C"] | None = None,
+) -> Float[Array, "C B L D"]:
+    """All layers for all clients; ``shared`` and ``each`` (with a leading axis N) as ``layers.Layer`` has them.
+
+    Raises:
+      UserError: the tiers adapt different modules, or one that a layer does not have.
+    """
+    count = jax.tree.leaves(weights)[0].shape[0]
+    check_tiers(tiers, nnx.merge(graph, weights).paths)
+    own = [_layers_first(tier, x.dtype) for tier in tiers]
+
+    # The backward pass keeps the products with frozen weights (dots without batch dimensions) and recomputes
+    # the rest: 0.6 of the memory and less time than keeping it, measured on a CPU.
+    @partial(
+        jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    )
+    def step(
+        x: Float[Array, "C B L D"],
+        slices: tuple[PyTree, list[dict[str, Any]], tuple[PyTree, ...], Int[Array, ""]],
+    ) -> tuple[Float[Array, "C B L D"], None]:
+        weights, own, each, number = slices
+        layer = nnx.merge(graph, weights)
+        keys = None if dropout is None else jax.vmap(lambda key: jax.random.fold_in(key, number))(dropout)
+        return layer(x, partial(layer.project, own=own, keys=keys), shared, *each), None
+
+    return jax.lax.scan(step, x, (weights, own, each, jnp.arange(count)))[0]
+
+
+def check_tiers(tiers: Sequence[Local], modules: Sequence[str]) -> None:
+    """Refuses tiers that differ in what they adapt, or adapt what is not there."""
+    paths = [set(tier.weights.adapter) for tier in tiers]
+    if not paths or any(p != paths[0] or p - set(modules) for p in paths):
+        raise UserError(
+            f"adapter: tiers with modules {[sorted(p) for p in paths]}; "
+            f"expected at least one tier, and in all the same modules out of {sorted(modules)}"
+        )
+
+
+def _layers_first(tier: Local, dtype: jnp.dtype) -> dict[str, Any]:
+    adapter = {path: (pair, tier.scale[path]) for path, pair in tier.weights.adapter.items()}
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0).astype(dtype), adapter)
