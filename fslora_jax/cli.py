@@ -5,17 +5,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
 
 import jax
 import tyro
-import yaml
-from pydantic import BaseModel
 
 from fslora_jax import hub
-from fslora_jax.config import Config, DataConfig, ModelConfig, checked, load_config, make_config, suggest
+from fslora_jax.arguments import option, parse, parse_config
+from fslora_jax.config import DataConfig, checked
 from fslora_jax.display import TerminalDisplay, print_summary
 from fslora_jax.errors import UserError
 from fslora_jax.federation.loop import run
@@ -37,90 +35,15 @@ commands:
 """
 
 
-def read_mapping(args: Sequence[str]) -> Any:
-    """A mapping as in the config file, such as ``{momentum: 0.9}``."""
-    try:
-        return yaml.safe_load(args[0])
-    except yaml.YAMLError as error:
-        raise ValueError(f"{args[0]} is no YAML") from error
-
-
-# tyro itself would take a mapping's present keys for all there are.
-MAPPING = tyro.constructors.PrimitiveConstructorSpec(
-    nargs=1,
-    metavar="YAML",
-    instance_from_str=read_mapping,
-    is_instance=lambda value: isinstance(value, dict),
-    str_from_instance=lambda value: [yaml.safe_dump(value, default_flow_style=True).strip()],
-)
-
-
-def mirrored_fields(default: BaseModel) -> list[tuple[str, Any, Any]]:
-    """Names, described types and defaults of a config's settings, for plain dataclasses.
-
-    tyro reads types and help from these; the rules are checked once, by `make_config`, with one-line errors.
-    """
-    fields = []
-    for name, info in type(default).model_fields.items():
-        value = getattr(default, name)
-        if isinstance(value, BaseModel):
-            doc = {"__doc__": type(value).__doc__}
-            section = dataclasses.make_dataclass(type(value).__name__, mirrored_fields(value), namespace=doc)
-            fields.append((name, section, dataclasses.field(default_factory=section)))
-        else:
-            extra = (MAPPING,) if isinstance(value, dict) else ()
-            described = Annotated[info.annotation, tyro.conf.arg(help=info.description), *extra]
-            fields.append((name, described, dataclasses.field(default_factory=lambda value=value: value)))
-    return fields
-
-
-def parse(form: type, prog: str, description: str, argv: Sequence[str]) -> Any:
-    """Reads arguments into ``form``; an unknown one is a one-line error with a suggestion."""
-    values, unknown = tyro.cli(
-        form,
-        prog=prog,
-        description=description,
-        args=list(argv),
-        return_unknown_args=True,
-        config=(tyro.conf.FlagConversionOff,),  # --SETTING VALUE also where it is True or False
-    )
-    if unknown:
-        name = unknown[0].lstrip("-").replace("-", "_")
-        named = unknown[0].startswith("--")
-        hint = suggest(name, list(option_names(form))) if named else f"; see {prog} --help"
-        raise UserError(f"unknown argument {unknown[0]}{hint}")
-    return values
-
-
-def option_names(form: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all arguments that ``form`` takes."""
-    for field in dataclasses.fields(form):
-        yield prefix + field.name
-        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
-            yield from option_names(field.type, f"{prefix}{field.name}.")
-
-
 def train_command(argv: Sequence[str]) -> None:
     """Train from a config file; on a run folder that exists, go on from its last checkpoint.
 
     Every setting of the file can be overridden, such as --federation.num-rounds 10. A run folder holds
     config.yaml, metrics.jsonl, checkpoints/, adapter/ (PEFT) and figures/.
     """
-    given = bool(argv) and not argv[0].startswith("-")
-    if not given and not {"-h", "--help"} & set(argv):
-        raise UserError(
-            "train: no config file; expected fslora train CONFIG.yaml [--run-dir DIR] [--SETTING VALUE]"
-        )
-    path = Path(argv[0]) if given else Path("CONFIG.yaml")
-    placeholder = Config(model=ModelConfig(name="MODEL"), data=DataConfig(name="DATA"))
-    defaults = load_config(path) if given else placeholder
-    run_dir = Annotated[Path | None, tyro.conf.arg(help="Run folder; by default a dated one under runs/.")]
-    fields = [("run_dir", run_dir, dataclasses.field(default=None)), *mirrored_fields(defaults)]
-    form = dataclasses.make_dataclass("Train", fields)
-    args = parse(form, f"fslora train {path}", train_command.__doc__ or "", argv[1:] if given else argv)
-    values = dataclasses.asdict(args)
-    folder = values.pop("run_dir") or Path("runs") / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    config = make_config(values, "settings")
+    run_dir = option(Path | None, None, "Run folder; by default a dated one under runs/.")
+    config, path, args = parse_config("train", train_command.__doc__ or "", argv, run_dir=run_dir)
+    folder = args["run_dir"] or Path("runs") / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     with TerminalDisplay() as display:
         summary = run(config, folder, display)
     print_summary(summary, folder)
