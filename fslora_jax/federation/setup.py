@@ -54,8 +54,9 @@ class Federation(NamedTuple):
     mesh: Mesh | None
 
 
-def load_task(config: Config) -> Task:
+def load_task(config: Config, mesh: Mesh | None) -> Task:
     """Finds, reads and tokenises what the config names, and divides it among the clients."""
+    everywhere = shardings(mesh)[0]
     folder = hub.resolve_model(config.model.name)
     train, test = load_examples(config.data, config.seed)
     model, base = load_model(
@@ -64,6 +65,7 @@ def load_task(config: Config) -> Task:
         pooling=config.model.pooling,
         dtype=config.model.dtype,
         lora_dropout=config.lora.lora_dropout,
+        placement=None if everywhere is None else lambda _path, _shape: everywhere,
     )
     partition = divide(config, train)
     sizes = np.array([len(share) for share in partition], float)
@@ -191,7 +193,8 @@ def set_up(config: Config) -> Federation:
     Raises:
       UserError: a model, file, target or client does not fit the config.
     """
-    task = load_task(config)
+    mesh = make_mesh()
+    task = load_task(config, mesh)
     f, r = config.federation, config.lora.r
     spec = Spec(
         targets=select_targets(task.model.modules, config.lora.target_modules),
@@ -199,7 +202,6 @@ def set_up(config: Config) -> Federation:
         scale=lora_scale(r, config.lora.lora_alpha, config.lora.use_rslora),
         share_sketch=f.share_sketch,
     )
-    mesh = make_mesh()
     size = config.clients_per_round
     cohorts = [sample_cohort(config.seed, t, f.num_clients, size) for t in range(f.num_rounds)]
     lanes = (1 if mesh is None else mesh.size) * f.cohort_chunks
@@ -208,7 +210,7 @@ def set_up(config: Config) -> Federation:
     if not steps.row_length:
         steps = steps._replace(row_length=best_row_length(task.population, steps, cohorts))
     return Federation(
-        task=task._replace(base=jax.device_put(task.base, shardings(mesh)[0])),
+        task=task,
         spec=spec,
         method=METHODS[f.method](spec, config.server_optimizer.build()),
         optimizer=make_client_optimizer(config.client_optimizer, f.num_rounds, f.local_steps),

@@ -1,18 +1,31 @@
 """Hugging Face checkpoints to base weights, through one table, strict in both directions."""
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from jax.sharding import Sharding
+from jaxtyping import Array, Shaped
 
 from fslora_jax.errors import UserError
 from fslora_jax.models.families import build_model, find_family
 from fslora_jax.models.family import Family
 from fslora_jax.models.model import Model
+from fslora_jax.tensors import Checkpoint, Slices, Tensor, open_checkpoint, read_object
+
+Placement = Callable[[str, tuple[int, ...]], Sharding]
+"""Where a base leaf shall live, by its path (``layers/linear/attention.self.query/kernel``) and shape."""
+
+FLOATS = ("F64", "F32", "F16", "BF16", "Q8_0", "Q4_1")
+"""Tensor types that a checkpoint may have."""
+
+CHUNK = 1 << 22
+"""Values read at a time, so that reading takes little memory beside what is read into."""
+
+PAGE = 64
+"""Bytes of alignment with which JAX takes a host array as it is on a CPU, and copies nothing."""
 
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 """Flax's name of a leaf -> torch's; a kernel is the transposed weight."""
@@ -37,40 +50,106 @@ def load_model(
     pooling: str,
     dtype: str = "float32",
     lora_dropout: float = 0.0,
+    placement: Placement | None = None,
 ) -> tuple[Model, dict[str, Any]]:
-    """The model in a folder with ``config.json`` and ``model.safetensors``, and its base weights.
+    """The model in a Hugging Face folder, and its base weights.
 
-    The base is host memory (NumPy): place it once with ``jax.device_put``. Arguments as ``build_model``.
+    Weights are read leaf by leaf, in each process only what its devices hold, and placed at once: the host never
+    holds more than one leaf besides.
+
+    Args:
+      folder: with ``config.json``, and weights as ``tensors.open_checkpoint`` finds them.
+      num_labels: as in ``build_model``, and so the next three.
+      pooling: see there.
+      dtype: see there.
+      lora_dropout: see there.
+      placement: where each leaf shall live; None is JAX's default device.
 
     Raises:
       UserError: a file is missing or damaged, or a tensor is unknown, missing, doubled or of another shape.
     """
-    config = _read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     model = build_model(
         config, num_labels=num_labels, pooling=pooling, dtype=dtype, lora_dropout=lora_dropout
     )
     abstract = jax.eval_shape(model.init_base, jax.random.key(0))
-    return model, read_base(folder / "model.safetensors", find_family(config), abstract)
+    return model, read_base(open_checkpoint(folder), find_family(config), abstract, placement)
 
 
-def read_base(path: Path, family: Family, abstract: dict[str, Any]) -> dict[str, Any]:
-    """Fills an abstract base from a safetensors file; layers are stacked on a leading axis."""
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; expected the weights as one safetensors file, not pickled, not sharded"
-        )
-    leaves, tree = jax.tree.flatten(abstract)
-    base = [np.empty(leaf.shape, leaf.dtype) for leaf in leaves]
-    try:
-        with safe_open(path, framework="numpy") as file:
-            found = _match(path, family, file, list(sources(family, abstract)))
-            for source, key in found:
-                value = np.asarray(file.get_tensor(key))
-                target = base[source.leaf] if source.layer is None else base[source.leaf][source.layer]
-                target[...] = value.T if source.transpose else value
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged safetensors file ({error}); fetch it again") from error
-    return jax.tree.unflatten(tree, base)
+def read_base(
+    checkpoint: Checkpoint, family: Family, abstract: dict[str, Any], placement: Placement | None = None
+) -> dict[str, Any]:
+    """Fills an abstract base from a checkpoint; layers are stacked on a leading axis."""
+    table = list(sources(family, abstract))
+    tensors = _match(checkpoint, family, table)
+    parts: dict[int, list[tuple[Source, Tensor]]] = {}
+    for source, tensor in zip(table, tensors, strict=True):
+        parts.setdefault(source.leaf, []).append((source, tensor))
+    paths, tree = jax.tree.flatten_with_path(abstract)
+    leaves = [_place(path, leaf, parts[n], placement) for n, (path, leaf) in enumerate(paths)]
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _place(
+    path: tuple[Any, ...],
+    leaf: jax.ShapeDtypeStruct,
+    parts: list[tuple[Source, Tensor]],
+    placement: Placement | None,
+) -> Shaped[Array, "..."]:
+    """One leaf on its devices; those that hold the same slice share one reading."""
+    held: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def read(index: Slices) -> np.ndarray:
+        ranges = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True))
+        if ranges not in held:
+            held[ranges] = _read(parts, ranges, leaf.dtype)
+        return held[ranges]
+
+    if placement is None:
+        return jax.device_put(read((slice(None),) * len(leaf.shape)))
+    name = "/".join(entry.key for entry in path)
+    return jax.make_array_from_callback(leaf.shape, placement(name, leaf.shape), read)
+
+
+def _read(
+    parts: list[tuple[Source, Tensor]], ranges: tuple[tuple[int, int], ...], dtype: np.dtype
+) -> np.ndarray:
+    """The slice ``ranges`` of a leaf; ``parts`` are its layers in order, or the leaf itself."""
+    out = _empty(tuple(stop - start for start, stop in ranges), dtype)
+    if parts[0][0].layer is None:
+        targets = [out]
+    else:
+        (first, last), *ranges = ranges
+        parts, targets = parts[first:last], list(out)
+    for (source, tensor), target in zip(parts, targets, strict=True):
+        if source.transpose:
+            _fill(target.T, tensor, [slice(*r) for r in ranges[::-1]])
+        else:
+            _fill(target, tensor, [slice(*r) for r in ranges])
+    return out
+
+
+def _fill(target: np.ndarray, tensor: Tensor, index: list[slice]) -> None:
+    """Reads some rows at a time."""
+    first, rest = index[0], index[1:]
+    step = max(1, CHUNK // max(1, target[:1].size))
+    for start in range(first.start, first.stop, step):
+        rows = slice(start, min(start + step, first.stop))
+        part = target[rows.start - first.start : rows.stop - first.start]
+        with np.errstate(over="ignore"):  # told below, with the tensor's name
+            part[...] = tensor.read((rows, *rest))
+        if not np.isfinite(part).all():
+            raise UserError(
+                f"{tensor.path}: tensor {tensor.name!r} holds values that are not finite in {target.dtype}; "
+                "choose model.dtype: float32, or fetch the file again"
+            )
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = int(np.prod(shape)) * dtype.itemsize
+    room = np.empty(size + PAGE, np.uint8)
+    start = -room.ctypes.data % PAGE
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 def sources(family: Family, abstract: dict[str, Any]) -> Iterator[Source]:
@@ -86,9 +165,10 @@ def sources(family: Family, abstract: dict[str, Any]) -> Iterator[Source]:
             yield Source(name, shape[::-1] if transpose else shape, n, layer, transpose)
 
 
-def _match(path: Path, family: Family, file: Any, table: list[Source]) -> list[tuple[Source, str]]:
-    keys: dict[str, str] = {}
-    for key in sorted(file.keys()):
+def _match(checkpoint: Checkpoint, family: Family, table: list[Source]) -> list[Tensor]:
+    """The tensor of every source, after a check that the two sides have the same names and shapes."""
+    path, keys = checkpoint.path, {}
+    for key in sorted(checkpoint.tensors):
         name = canonical(key, family)
         if name in keys:
             raise UserError(
@@ -107,9 +187,10 @@ def _match(path: Path, family: Family, file: Any, table: list[Source]) -> list[t
             f"{path}: unknown tensor {unknown[0]!r} ({len(unknown)} in all); "
             f"expected {len(table)} tensors of config.json's model, such as {table[0].name!r}"
         )
-    for source in table:
-        _check_tensor(path, source, keys[source.name], file.get_slice(keys[source.name]))
-    return [(source, keys[source.name]) for source in table]
+    tensors = [checkpoint.tensors[keys[source.name]] for source in table]
+    for source, tensor in zip(table, tensors, strict=True):
+        _check_tensor(source, tensor)
+    return tensors
 
 
 def canonical(key: str, family: Family) -> str:
@@ -121,29 +202,18 @@ def canonical(key: str, family: Family) -> str:
     return name
 
 
-def _check_tensor(path: Path, source: Source, key: str, found: Any) -> None:
-    shape = tuple(found.get_shape())
-    if shape != source.shape:
+def _check_tensor(source: Source, found: Tensor) -> None:
+    if found.shape != source.shape:
         raise UserError(
-            f"{path}: tensor {key!r} has shape {shape}; expected {source.shape}, as config.json says"
+            f"{found.path}: tensor {found.name!r} has shape {found.shape}; expected {source.shape}, as config.json says"
         )
-    if found.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-        raise UserError(f"{path}: tensor {key!r} holds {found.get_dtype()}; expected floats, not quantised")
+    if found.kind not in FLOATS:
+        raise UserError(
+            f"{found.path}: tensor {found.name!r} holds {found.kind}; expected floats, not quantised"
+        )
 
 
 def _advice(name: str) -> str:
     if name.startswith("pooler."):
         return "set model.pooling: mean, which needs no pooler"
     return "take the checkpoint that config.json belongs to"
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected a Hugging Face model folder") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); fetch it again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: found {type(config).__name__}; expected an object of fields")
-    return config
