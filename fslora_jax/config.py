@@ -33,11 +33,11 @@ class ModelConfig(Section):
     """The frozen base model and its task head."""
 
     name: str
-    """Local folder or Hugging Face id with config.json, model.safetensors and tokenizer.json."""
+    """Local folder or Hugging Face id with config.json, tokenizer.json and safetensors, or with one .gguf file."""
     pooling: Literal["mean", "native"] = "native"
     """How an example becomes one vector: `native` is the family's own classification head, `mean` averages the
     tokens under a linear head (better for sentence-embedding models)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the base model and its activations; adapters and reductions stay float32."""
 
 

@@ -179,6 +179,6 @@ def _info(path: Path, cursor: _Cursor) -> tuple[str, Stored]:
             f"{path}: tensor {name!r} is of type {kind}; expected one of {list(FORMATS)}; "
             "choose a file of such a quantisation, or the safetensors model"
         )
-    if not shape or shape[-1] % FORMATS[kind].values:
+    if not shape or shape[-1] % FORMATS[kind].values or (len(shape) == 1 and FORMATS[kind].values > 1):
         raise ValueError(f"tensor {name} of type {kind} has shape {shape}")
     return name, Stored(path, shape, kind, offset)

@@ -70,9 +70,9 @@ def find_gguf(folder: Path) -> Path | None:
 
 
 def refuse_pickled(folder: Path) -> None:
-    """Raises where a folder's weights are pickled and nothing else: reading them can run code."""
+    """Raises where a folder's weights are only pickled: reading them can run code."""
     pickled = [path for pattern in PICKLES for path in sorted(folder.glob(pattern))]
-    if pickled and not (folder / WHOLE).is_file():
+    if pickled and not any(list(folder.glob(pattern)) for pattern in (WHOLE, INDEX, "*.gguf")):
         raise UserError(
             f"{pickled[0]}: pickled weights can run code and are never read; expected safetensors; if you trust "
             "them, convert them once with the class of transformers that config.json names under architectures: "
@@ -143,7 +143,7 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
             return {
                 name: Tensor(
-                    path, tuple(t.get_shape()), t.get_dtype(), partial(_read_safetensors, path, name)
+                    path, name, tuple(t.get_shape()), t.get_dtype(), partial(_read_safetensors, path, name)
                 )
                 for name, t in slices.items()
             }

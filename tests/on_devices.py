@@ -3,6 +3,9 @@
 One device is the truth here: whole rounds on a mesh against the same rounds on one device, or against the oracle.
 """
 
+import json
+from functools import partial
+
 import hlo
 import jax
 import jax.numpy as jnp
@@ -13,12 +16,29 @@ import toy
 from compare import check_with_oracle, close, flat, fslora_with
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import save_file
 
 from fslora_jax.federation.cohort import plan_layout
 from fslora_jax.federation.feed import make_cohort
 from fslora_jax.federation.local import ClientOptimizer
 from fslora_jax.federation.round import CLIENTS, base_keys, shardings
 from fslora_jax.methods import METHODS, Method, Server, fedit
+from fslora_jax.models import build_model, weights
+from fslora_jax.models.families import find_family
+
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 22,
+    "type_vocab_size": 2,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "initializer_range": 0.02,
+}
 
 MOMENTUM, ADAMW = toy.OPTIMIZERS["momentum"][0], toy.OPTIMIZERS["adamw"][0]
 
@@ -100,3 +120,33 @@ def test_the_cohort_is_fed_the_same_on_any_mesh():
     spread = make_cohort(toy.POPULATION, toy.STEPS, layout, toy.EVERYBODY, 1, **options, mesh=toy.mesh_of(4))
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_weights_are_placed_by_path_and_read_once_and_only_where_they_live(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(BERT))
+    model = build_model(BERT, num_labels=2, pooling="mean")
+    abstract = jax.eval_shape(model.init_base, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    table = weights.sources(find_family(BERT), abstract)
+    tensors = {source.name: rng.normal(size=source.shape).astype(np.float32) for source in table}
+    save_file(tensors, tmp_path / "model.safetensors")
+    mesh = jax.make_mesh((2, 2, 2), ("clients", "fsdp", "tensor"))
+    asked, read = {}, []
+
+    def placement(path, shape):
+        asked[path] = shape
+        return NamedSharding(mesh, P(None, "fsdp", "tensor") if path.endswith("kernel") else P())
+
+    fill = weights._fill
+    monkeypatch.setattr(weights, "CHUNK", 40)
+    monkeypatch.setattr(
+        weights, "_fill", lambda target, *rest: read.append(target.size) or fill(target, *rest)
+    )
+    load = partial(weights.load_model, tmp_path, num_labels=2, pooling="mean")
+    base = load(placement=placement)[1]
+    assert sum(read) == sum(leaf.size for leaf in jax.tree.leaves(base))
+    jax.tree.map(np.testing.assert_array_equal, base, load()[1])
+    assert asked["layers/linear/attention.self.query/kernel"] == (3, 16, 16)
+    kernel = base["layers"]["linear"]["attention.self.query"]["kernel"]
+    assert kernel.sharding.spec == P(None, "fsdp", "tensor")
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 8, 8)}

@@ -28,7 +28,7 @@ def build_model(
       config: the parsed ``config.json`` of Hugging Face.
       num_labels: outputs of the head.
       pooling: "mean" over an example's tokens, or "native", what the family's own sequence classifier does.
-      dtype: of the base and of the forward pass, "float32" or "bfloat16".
+      dtype: of the base and of the forward pass, "float32", "bfloat16" or "float16".
       lora_dropout: rate on the input of each adapter, where ``apply`` is given keys.
 
     Raises:
@@ -36,7 +36,7 @@ def build_model(
     """
     family = find_family(config)
     check_choice("model.pooling", pooling, ("mean", "native"))
-    check_choice("model.dtype", dtype, ("float32", "bfloat16"))
+    check_choice("model.dtype", dtype, ("float32", "bfloat16", "float16"))
     fields = Fields(config)
     model = family.build(family, fields, Options(num_labels, pooling, jnp.dtype(dtype), lora_dropout))
     fields.finish()
