@@ -12,7 +12,7 @@
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 
 class Pair(NamedTuple):
@@ -59,23 +59,28 @@ class Batch(NamedTuple):
 
     ``segments`` is 0 on padding and ``e + 1`` on the tokens of example ``e`` of the batch; ``positions``
     restart at 0 with each example; ``types`` is 1 on the second text of a pair where the tokenizer says so
-    (BERT), else 0; ``weights`` is 0 for an example that is only a filler. ``places`` are a language model's
-    questions: the tokens of each row whose next token it shall predict, -1 where a row has fewer; T is 0 for a
-    task with labels.
+    (BERT), else 0; ``labels`` are classes, or the numbers of a regression; ``weights`` is 0 for an example that
+    is only a filler. ``places`` are a language model's questions: the tokens of each row whose next token it
+    shall predict, -1 where a row has fewer; T is 0 for a task with labels.
     """
 
     tokens: Int[Array, "*C B L"]
     segments: Int[Array, "*C B L"]
     positions: Int[Array, "*C B L"]
     types: Int[Array, "*C B L"]
-    labels: Int[Array, "*C E"]
+    labels: Real[Array, "*C E"]
     weights: Float[Array, "*C E"]
     places: Int[Array, "*C B T"]
 
 
 class Score(NamedTuple):
-    """Sums over all that a batch asks: its labels, or its next tokens. Scores of two batches merge by addition."""
+    """What each example of a batch adds up to, over its label or its next tokens; fillers are 0 everywhere.
 
-    loss: Float[Array, "*C"]
-    correct: Float[Array, "*C"]
-    count: Float[Array, "*C"]
+    ``count`` is how much was asked, ``loss`` and ``correct`` are sums over it, and ``predicted`` is the label or
+    number that the model gives (0 for next tokens). Sums over examples and batches merge by addition.
+    """
+
+    loss: Float[Array, "*C E"]
+    correct: Float[Array, "*C E"]
+    count: Float[Array, "*C E"]
+    predicted: Float[Array, "*C E"]

@@ -1,20 +1,23 @@
-"""Metrics against scikit-learn, and as sums that merge."""
+"""Scores and what is made of them, against torch and scikit-learn; fillers and packing change nothing."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, log_loss
+from sklearn.metrics import accuracy_score, log_loss, matthews_corrcoef
 
-from fslora_jax.evaluate import make_evaluation, means
+from fslora_jax.data.batches import FILLER, make_batch, shape_for
+from fslora_jax.data.tokens import TokenStore
+from fslora_jax.evaluate import gather, make_evaluation, measure
 from fslora_jax.lora import Target
 from fslora_jax.methods import Spec
-from fslora_jax.models.scores import count
+from fslora_jax.models.scores import of_labels, of_numbers, of_tokens
 from fslora_jax.types import Batch, Pair, Trainable
 
-LABELS = 3
+LABELS, VOCAB = 3, 7
 
 
 def batch_of(labels: np.ndarray, weights: np.ndarray) -> Batch:
@@ -26,41 +29,67 @@ def batch_of(labels: np.ndarray, weights: np.ndarray) -> Batch:
 
 def random_case(seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return 3 * rng.standard_normal((1, number, LABELS)).astype(np.float32), rng.integers(
-        LABELS, size=(1, number)
-    )
+    logits = 3 * rng.standard_normal((1, number, LABELS)).astype(np.float32)
+    return logits, rng.integers(LABELS, size=(1, number))
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 99), st.integers(2, 9), st.integers(1, 8))
-def test_merged_parts_are_the_whole(seed, number, cut):
-    cut = min(cut, number - 1)
-    logits, labels = random_case(seed, number)
-    ones = np.ones(labels.shape)
-    whole = count(logits, labels, ones)
-    parts = [
-        count(logits[:, part], labels[:, part], ones[:, part]) for part in (slice(cut), slice(cut, None))
-    ]
-    np.testing.assert_allclose(jax.tree.map(jnp.add, *parts), whole, rtol=1e-5)
-    assert float(whole.count[0]) == number
-
-
-def test_means_are_those_of_scikit_learn():
+def test_measures_are_those_of_scikit_learn():
     logits, labels = random_case(0, 200)
-    found = means(jax.tree.map(jnp.sum, count(logits, labels, np.ones(labels.shape))))
+    batch = batch_of(labels, np.ones(labels.shape))
+    found = measure(gather(of_labels(logits, batch), batch), ["accuracy", "matthews_correlation"])
     probabilities = np.asarray(jax.nn.softmax(logits[0], -1), np.float64)
     probabilities /= probabilities.sum(-1, keepdims=True)
-    assert found["accuracy"] == pytest.approx(accuracy_score(labels[0], probabilities.argmax(-1)))
+    predicted = probabilities.argmax(-1)
+    assert found["accuracy"] == pytest.approx(accuracy_score(labels[0], predicted))
+    assert found["matthews_correlation"] == pytest.approx(matthews_corrcoef(labels[0], predicted))
     assert found["loss"] == pytest.approx(log_loss(labels[0], probabilities, labels=range(LABELS)), rel=1e-5)
 
 
-def test_fillers_do_not_count():
+@pytest.mark.parametrize("score", [of_labels, lambda logits, batch: of_numbers(logits[..., :1], batch)])
+def test_fillers_do_not_count(score):
     logits, labels = random_case(1, 6)
     weights = np.array([[1, 0, 1, 1, 0, 1]])
     real = weights[0] > 0
-    with_fillers = count(logits, labels, weights)
-    alone = count(logits[:, real], labels[:, real], np.ones((1, 4)))
-    np.testing.assert_allclose(with_fillers, alone, rtol=1e-6)
+    padded, whole = batch_of(labels, weights), batch_of(labels[:, real], np.ones((1, 4)))
+    with_fillers, alone = score(logits, padded), score(logits[:, real], whole)
+    for found, expected in zip(with_fillers, alone, strict=True):
+        assert found[:, ~real].tolist() == [[0, 0]]
+        np.testing.assert_allclose(found.sum(), expected.sum(), rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, gather(with_fillers, padded), gather(alone, whole))
+
+
+def test_numbers_are_scored_by_their_squared_error():
+    batch = batch_of(np.array([[1.5, -2.0]], np.float32), np.ones((1, 2)))
+    found = measure(gather(of_numbers(jnp.array([[[1.0], [1.0]]]), batch), batch), ["pearson"])
+    assert found["loss"] == pytest.approx((0.25 + 9) / 2)
+    assert np.isnan(found["pearson"])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 99), st.booleans())
+def test_next_tokens_are_scored_as_by_torch(seed, pack):
+    """Each example alone through torch's cross-entropy over what it shall learn; the batch packs them in any way."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 6, 4)
+    total, offsets = lengths.sum(), np.append(0, np.cumsum(lengths))
+    learned = rng.integers(0, 2, total).astype(np.int8)
+    learned[offsets[:-1]] = 0
+    tokens = rng.integers(0, VOCAB, total).astype(np.int32)
+    store = TokenStore(tokens, offsets, np.zeros_like(learned), learned)
+    chosen = np.array([2, 0, FILLER, 3, 1])
+    batch = make_batch(store, np.zeros(4, int), chosen, shape_for(store, chosen, 6, pack), pack)
+    batch = jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
+    table = rng.standard_normal((VOCAB, VOCAB)).astype(np.float32)  # the next token's logits by the token
+    seen = np.take_along_axis(np.asarray(batch.tokens), np.maximum(batch.places, 0), axis=-1)
+    found = of_tokens(jnp.asarray(table[seen]), batch)
+    for slot, example in enumerate(chosen):
+        part = slice(offsets[example], offsets[example + 1]) if example != FILLER else slice(0)
+        mine, wanted = torch.tensor(tokens[part]).long(), torch.tensor(learned[part][1:] > 0)
+        logits, targets = torch.tensor(table)[mine[:-1]][wanted], mine[1:][wanted]
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        assert float(found.loss[0, slot]) == pytest.approx(float(loss), rel=1e-5)
+        assert float(found.count[0, slot]) == len(targets)
+        assert float(found.correct[0, slot]) == int((logits.argmax(-1) == targets).sum())
 
 
 def test_an_evaluation_is_one_pass_over_all_batches_with_the_whole_adapter():
@@ -72,14 +101,14 @@ def test_an_evaluation_is_one_pass_over_all_batches_with_the_whole_adapter():
         assert keys is None  # no dropout
         (held,) = tiers
         total = (held.scale["m"] * (held.weights.adapter["m"].a * held.weights.adapter["m"].b)[..., 0]).sum()
-        return count(base * total * jax.nn.one_hot(batch.labels, LABELS), batch.labels, batch.weights)
+        return of_labels(base * total * jax.nn.one_hot(batch.labels, LABELS), batch)
 
-    labels = np.array([[0, 1, 2, 0], [2, 1, 0, 0]])
-    weights = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
-    sums = make_evaluation(score, spec)(
-        jnp.float32(0.1), Trainable({"m": pair}, {}), batch_of(labels, weights)
-    )
-    assert float(sums.count) == 6
-    assert float(sums.correct) == 6
+    batches = batch_of(np.array([[0, 1, 2, 0], [2, 1, 0, 0]]), np.array([[1, 1, 1, 1], [1, 1, 0, 0]]))
+    score_all = make_evaluation(score, spec)
+    found = gather(score_all(jnp.float32(0.1), Trainable({"m": pair}, {}), batches), batches)
+    assert found.labels.tolist() == found.score.predicted.tolist() == [0, 1, 2, 0, 2, 1]
     hot = 0.1 * 0.5 * 15
-    assert means(sums)["loss"] == pytest.approx(np.log(np.exp(hot) + 2) - hot, rel=1e-5)
+    assert measure(found, ["accuracy"]) == {
+        "loss": pytest.approx(np.log(np.exp(hot) + 2) - hot, rel=1e-5),
+        "accuracy": 1.0,
+    }

@@ -105,8 +105,8 @@ class Quadratic:
             own = [(Pair(*(f[:, 0] for f in t.weights.adapter["q"])), t.scale["q"][:, 0]) for t in tiers]
             eye = jnp.broadcast_to(jnp.eye(self.n), (len(self.draws), self.n, self.n))
             effective = w0.T + lora.per_client(lambda mine, x: lora.delta(*mine, x), own, eye)
-            loss = 0.5 * ((effective - self.target.T) ** 2).sum((1, 2))
-            return Score(loss, 0 * loss, jnp.ones_like(loss))
+            loss = 0.5 * ((effective - self.target.T) ** 2).sum((1, 2))[:, None]
+            return Score(loss, 0 * loss, jnp.ones_like(loss), 0 * loss)
 
         spec = Spec({"q": lora.Target(self.n, self.m, 1)}, self.r, self.s)
         table = np.array([[np.resize(i, max(self.ks))] for i in self.draws])

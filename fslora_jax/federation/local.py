@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from fslora_jax.types import Batch, Local, Pair, Score, Trainable
 
 ScoreFn = Callable[[PyTree, Sequence[Local], Batch, Key[Array, " C"] | None], Score]
-"""A model: (base, tiers, batch, dropout keys) -> each client's score."""
+"""A model: (base, tiers, batch, dropout keys) -> the score of each client's examples."""
 
 
 class ClientOptimizer(NamedTuple):
@@ -52,7 +52,7 @@ def train(
     def loss(weights: list[Trainable], batch: Batch, keys: Key[Array, " C"] | None) -> tuple[Array, Array]:
         held = [tier._replace(weights=w) for tier, w in zip(tiers, weights, strict=True)]
         scores = score(base, held, batch, keys)
-        losses = scores.loss / jnp.maximum(scores.count, 1.0)
+        losses = scores.loss.sum(-1) / jnp.maximum(scores.count.sum(-1), 1.0)
         return losses.sum(), losses
 
     def one_client(weights: Trainable, state: PyTree, grads: Trainable, local: Local, rate: Array):

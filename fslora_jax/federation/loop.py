@@ -17,7 +17,7 @@ from fslora_jax.config import Config
 from fslora_jax.data.batches import fill
 from fslora_jax.data.partition import label_counts
 from fslora_jax.errors import UserError
-from fslora_jax.evaluate import make_evaluation, means
+from fslora_jax.evaluate import gather, make_evaluation, measure
 from fslora_jax.federation.cohort import EMPTY
 from fslora_jax.federation.feed import make_cohort
 from fslora_jax.federation.results import write_global
@@ -85,7 +85,7 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
     evaluation = make_evaluation(federation.task.model.score, federation.spec)
 
     def evaluate(server: Server) -> dict[str, float]:
-        found = means(evaluation(base, server.weights, test))
+        found = measure(gather(evaluation(base, server.weights, test), federation.task.test), ["accuracy"])
         if not math.isfinite(found["loss"]):
             raise UserError(
                 f"round {int(server.round)}: loss {found['loss']} on the held-out examples; lower "

@@ -8,7 +8,7 @@ from fslora_jax import hub
 from fslora_jax.checkpoint import Checkpoints
 from fslora_jax.config import Config, DataConfig
 from fslora_jax.errors import UserError
-from fslora_jax.evaluate import make_evaluation, means
+from fslora_jax.evaluate import gather, make_evaluation, measure
 from fslora_jax.export import client_alpha, write_adapter
 from fslora_jax.federation.client import train_client
 from fslora_jax.federation.setup import Federation, find_examples, initial_server, set_up, test_batches
@@ -91,7 +91,8 @@ def evaluate_run(run_dir: Path, data: DataConfig | None = None) -> dict[str, flo
         labelled = data.model_copy(update={"label_names": task.label_names})
         folder = hub.resolve_model(config.model.name)
         test = test_batches(folder, task.model, find_examples(labelled), labelled)
-    return means(make_evaluation(task.model.score, federation.spec)(task.base, server.weights, test))
+    score = make_evaluation(task.model.score, federation.spec)(task.base, server.weights, test)
+    return measure(gather(score, test), ["accuracy"])
 
 
 def evaluate_adapter(folder: Path, data: DataConfig) -> dict[str, float]:
@@ -109,4 +110,5 @@ def evaluate_adapter(folder: Path, data: DataConfig) -> dict[str, float]:
         scale=lora_scale(said.r, said.lora_alpha, said.use_rslora),
     )
     batches = test_batches(base_folder, model, test, data)
-    return means(make_evaluation(model.score, spec)(base, Trainable(adapter, head), batches))
+    score = make_evaluation(model.score, spec)(base, Trainable(adapter, head), batches)
+    return measure(gather(score, batches), ["accuracy"])

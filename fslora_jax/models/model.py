@@ -28,7 +28,7 @@ class Model(NamedTuple):
       ``types.Local``, each stacked over its clients and in the order of the batch; all adapt the same
       modules, and no module is the plain base. ``dropout`` holds one key per client while training, None in
       evaluation.
-    - ``score(base, tiers, batch, dropout=None) -> Score`` of each client: what training and evaluation ask for.
+    - ``score(base, tiers, batch, dropout=None) -> Score (C, E)``: what training and evaluation ask for.
     - ``init_base(key)``: random base weights; ``jax.eval_shape`` of it is the abstract base.
     - ``init_head(key)``: the head that training starts from.
     - ``modules``: path inside a layer -> size of each linear module that an adapter may name.

@@ -1,10 +1,11 @@
-"""What a model's answers are worth: cross-entropy and hits, summed for each client."""
+"""What a model's answers are worth: loss and hits of each example."""
 
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from fslora_jax.types import Batch, Local, Score
 
@@ -16,21 +17,47 @@ def score_labels(
     batch: Batch,
     dropout: Key[Array, " C"] | None = None,
 ) -> Score:
-    """The score of a classifier, from ``apply``'s logits; fillers do not count."""
-    return count(apply(base, tiers, batch, dropout), batch.labels, batch.weights)
+    """The score of a model with ``apply``'s logits: a classifier, or a regression where there is one label."""
+    logits = apply(base, tiers, batch, dropout)
+    return of_numbers(logits, batch) if logits.shape[-1] == 1 else of_labels(logits, batch)
 
 
-def count(
-    logits: Float[Array, "C *answers V"],
-    labels: Int[Array, "C *answers"],
-    weights: Float[Array, "C *answers"],
-) -> Score:
-    """Weighted sums over each client's answers.
+def of_labels(logits: Float[Array, "C E labels"], batch: Batch) -> Score:
+    """Cross-entropy of each example's label, and the most likely one.
 
-    >>> count(jnp.zeros((1, 3, 4)), jnp.array([[0, 1, 2]]), jnp.array([[1.0, 1.0, 0.0]])).count.tolist()
-    [2.0]
+    >>> none = jnp.zeros((1, 0, 0), int)
+    >>> batch = Batch(none, none, none, none, jnp.array([[0, 1]]), jnp.ones((1, 2)), none)
+    >>> of_labels(jnp.array([[[9.0, 0.0], [9.0, 0.0]]]), batch).correct.tolist()
+    [[1.0, 0.0]]
     """
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    hits = (logits.argmax(-1) == labels).astype(losses.dtype)
-    axes = tuple(range(1, weights.ndim))
-    return Score(*((x * weights).sum(axes) for x in (losses, hits, jnp.ones_like(losses))))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    predicted = logits.argmax(-1)
+    return _weighted(batch, losses, predicted == batch.labels, predicted)
+
+
+def of_numbers(logits: Float[Array, "C E 1"], batch: Batch) -> Score:
+    """Squared error of each example's number, as in Hugging Face; no number counts as correct."""
+    predicted = logits[..., 0]
+    return _weighted(batch, jnp.square(predicted - batch.labels), jnp.zeros_like(predicted), predicted)
+
+
+def of_tokens(logits: Float[Array, "C B T V"], batch: Batch) -> Score:
+    """Cross-entropy of the tokens that follow ``batch.places``, summed over each example's."""
+    asked = batch.places >= 0
+    places = jnp.maximum(batch.places, 0)
+    targets = jnp.take_along_axis(batch.tokens, places + 1, axis=-1, mode="clip")
+    segments = jnp.where(asked, jnp.take_along_axis(batch.segments, places, axis=-1), 0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    mine = jax.nn.one_hot(
+        segments - 1, batch.labels.shape[-1], dtype=losses.dtype
+    )  # nobody's where not asked
+    sums = [
+        jnp.einsum("cbt,cbte->ce", x.astype(losses.dtype), mine)
+        for x in (losses, logits.argmax(-1) == targets, asked)
+    ]
+    return Score(*sums, jnp.zeros_like(sums[0]))
+
+
+def _weighted(batch: Batch, *sums: Array) -> Score:
+    losses, hits, predicted = (x.astype(jnp.float32) * batch.weights for x in sums)
+    return Score(losses, hits, batch.weights, predicted)
