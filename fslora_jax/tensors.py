@@ -1,4 +1,4 @@
-"""Checkpoints whose tensors stay in their files until a slice of one is read: safetensors, sharded or not, and GGUF."""
+"""Checkpoints whose tensors stay in their files until a slice of one is read: safetensors, sharded or not."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -12,7 +12,6 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
 from fslora_jax.errors import UserError
-from fslora_jax.gguf import Stored, read_gguf
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
@@ -41,14 +40,12 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """The tensors of a model folder: ``model.safetensors``, shards with an index, or one ``.gguf`` file.
+    """The tensors of a model folder: ``model.safetensors``, or shards with an index.
 
     Raises:
       UserError: no weights are there or only pickled ones, a file is missing or damaged, or the index and
         the shards do not agree.
     """
-    if path := find_gguf(folder):
-        return Checkpoint(path, {name: _of_gguf(name, t) for name, t in read_gguf(path).tensors.items()})
     if not (folder / WHOLE).is_file() and (folder / INDEX).is_file():
         return _open_shards(folder)
     refuse_pickled(folder)
@@ -155,10 +152,3 @@ def _read_safetensors(path: Path, name: str, index: Slices) -> np.ndarray:
     """Opens the file anew: pages that stay mapped count as this process's memory."""
     with safe_open(path, framework="numpy") as file:
         return file.get_slice(name)[index]
-
-
-def _of_gguf(name: str, stored: Stored) -> Tensor:
-    def read(index: Slices) -> np.ndarray:
-        return stored.read(index[0])[:, *index[1:]]
-
-    return Tensor(stored.path, name, stored.shape, stored.kind, read)

