@@ -41,8 +41,8 @@ class ModelConfig(Section):
     """Precision of the base model and its activations; adapters and reductions stay float32."""
 
 
-class LoraConfig(Section):
-    """The global adapter; the names are PEFT's."""
+class LoraShape(Section):
+    """What decides the adapted modules, their ranks and scales; the names are PEFT's."""
 
     r: Count = 64
     """Rank of the server's adapter."""
@@ -50,10 +50,21 @@ class LoraConfig(Section):
     """LoRA scale is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora; always with the global r."""
     use_rslora: bool = True
     """Rank-stabilised scale (arXiv 2312.03732)."""
+    target_modules: str | tuple[str, ...] | None = None
+    """Linear modules to adapt: names (a path or its ending), `all-linear` (all of the layers, not the head), or a
+    regular expression of a module's whole path. By default what PEFT adapts in this family, such as query and value."""
+    rank_pattern: dict[str, Count] = {}
+    """Other ranks than r for some modules, such as {output.dense: 8}; a name is the end of a path, or a regular
+    expression of it. A client's ratio applies to each module's own rank."""
+    alpha_pattern: dict[str, Positive] = {}
+    """Other lora_alpha for some modules, named in the same way."""
+
+
+class LoraConfig(LoraShape):
+    """The global adapter; the names are PEFT's."""
+
     lora_dropout: Fraction = 0.0
     """Dropout on the input of the LoRA branch in training."""
-    target_modules: tuple[str, ...] = ("query", "value")
-    """Linear modules to adapt, by path or its ending."""
 
 
 class DataConfig(Section):

@@ -1,4 +1,4 @@
-"""LoRA factors as plain pytrees: initialise, apply, merge, scale and count them."""
+"""LoRA factors as plain pytrees: initialise, apply, multiply out, scale and count them."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from fslora_jax.errors import UserError
 from fslora_jax.types import Adapter, Pair
 
 
@@ -20,39 +19,18 @@ class Target(NamedTuple):
     layers: int
 
 
-def select_targets(modules: Mapping[str, Target], target_modules: Sequence[str]) -> dict[str, Target]:
-    """The modules whose path ends with one of ``target_modules``, as PEFT matches them.
+def init_adapter(key: Key[Array, ""], targets: Mapping[str, Target], ranks: Mapping[str, int]) -> Adapter:
+    """Factors of each module's rank: A Kaiming-uniform with a = sqrt(5), so U(-1/sqrt(i), 1/sqrt(i)); B zero.
 
-    Raises:
-      UserError: a name matches no module.
-
-    >>> select_targets({"attention.self.query": Target(4, 4, 2)}, ["query"])
-    {'attention.self.query': Target(i=4, o=4, layers=2)}
-    """
-    chosen = {}
-    for name in target_modules:
-        found = {path: t for path, t in modules.items() if path == name or path.endswith("." + name)}
-        if not found:
-            raise UserError(
-                f"lora.target_modules: {name!r} matches no module; "
-                f"expected the path of one of {sorted(modules)}, or its ending"
-            )
-        chosen |= found
-    return dict(sorted(chosen.items()))
-
-
-def init_adapter(key: Key[Array, ""], targets: Mapping[str, Target], r: int) -> Adapter:
-    """Factors of rank ``r``: A Kaiming-uniform with a = sqrt(5), so U(-1/sqrt(i), 1/sqrt(i)); B zero.
-
-    >>> pair = init_adapter(jax.random.key(0), {"q": Target(4, 6, 2)}, r=3)["q"]
+    >>> pair = init_adapter(jax.random.key(0), {"q": Target(4, 6, 2)}, {"q": 3})["q"]
     >>> pair.a.shape, pair.b.shape
     ((2, 3, 4), (2, 3, 6))
     """
     keys = jax.random.split(key, len(targets))
     return {
         name: Pair(
-            a=jax.random.uniform(k, (t.layers, r, t.i), minval=-1, maxval=1) / math.sqrt(t.i),
-            b=jnp.zeros((t.layers, r, t.o)),
+            a=jax.random.uniform(k, (t.layers, ranks[name], t.i), minval=-1, maxval=1) / math.sqrt(t.i),
+            b=jnp.zeros((t.layers, ranks[name], t.o)),
         )
         for k, (name, t) in zip(keys, targets.items(), strict=True)
     }
@@ -103,22 +81,3 @@ def rank_unit(targets: Mapping[str, Target]) -> int:
     36864
     """
     return sum(t.layers * (t.i + t.o) for t in targets.values())
-
-
-class Traffic(NamedTuple):
-    """Bytes of one client in one round."""
-
-    down: int
-    up: int
-
-
-def traffic(targets: Mapping[str, Target], r: int, k: int, head_values: int, share_sketch: bool) -> Traffic:
-    """What a client of rank ``k`` receives and sends: k components of each module, the head, and downward the
-    indices of what was drawn (none at ``k = r``), 4 bytes each.
-
-    >>> traffic({"q": Target(10, 10, layers=2)}, r=8, k=4, head_values=5, share_sketch=False)
-    Traffic(down=692, up=660)
-    """
-    up = 4 * (k * rank_unit(targets) + head_values)
-    draws = 1 if share_sketch else sum(t.layers for t in targets.values())
-    return Traffic(down=up + (4 * k * draws if k < r else 0), up=up)

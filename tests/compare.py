@@ -1,6 +1,6 @@
 """Compares what the package played with what `oracle` computes from the same draws and data."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import jax
@@ -18,15 +18,17 @@ from fslora_jax.types import Batch, Local, Trainable
 
 
 @cache
-def fslora_with(server: str) -> Method:
+def fslora_with(server: str, spec: str = "equal") -> Method:
     """FSLoRA with one of the toy's server optimisers; the same object each time, so that it compiles once."""
-    return METHOD if server == "average" else fslora(toy.SPEC, toy.SERVERS[server][0])
+    return (
+        METHOD if (server, spec) == ("average", "equal") else fslora(toy.SPECS[spec], toy.SERVERS[server][0])
+    )
 
 
 @cache
-def played(optimizer: str, server: str, layout: str) -> toy.Played:
+def played(optimizer: str, server: str, layout: str, spec: str = "equal") -> toy.Played:
     """Three rounds of FSLoRA."""
-    return toy.play(fslora_with(server), toy.OPTIMIZERS[optimizer][0], tiered=layout == "tiered")
+    return toy.play(fslora_with(server, spec), toy.OPTIMIZERS[optimizer][0], tiered=layout == "tiered")
 
 
 def last(found: toy.Played) -> oracle.Parameters:
@@ -39,14 +41,16 @@ def client_key(base_key: jax.Array, t: int, client: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(base_key, t), client)
 
 
-_download = jax.jit(METHOD.download, static_argnums=3)
+@cache
+def _download(spec: str) -> Callable[..., Local]:
+    return jax.jit(fslora_with("average", spec).download, static_argnums=3)
 
 
-def give(server: Server, client: int, k: int, cap: int) -> Local:
+def give(server: Server, client: int, k: int, cap: int, spec: str = "equal") -> Local:
     """What FSLoRA gives a client in the coming round, in a slot of rank ``cap``."""
     key = client_key(base_keys(5).sketch, int(server.round), client)
     who = Client(jnp.int32(client), jnp.int32(k), jnp.float32(1))
-    return _download(key, server._replace(opt_state=()), who, cap)
+    return _download(spec)(key, server._replace(opt_state=()), who, cap)
 
 
 def client_batches(population: Population, client: int, t: int) -> Batch:
@@ -80,18 +84,21 @@ def oracle_minibatches(batch: Batch) -> list[oracle.Minibatch]:
     ]
 
 
-def drawn(server: Server, client: int, k: int) -> dict[tuple[str, int], np.ndarray]:
+def drawn(server: Server, client: int, k: int, spec: str = "equal") -> dict[tuple[str, int], np.ndarray]:
     """The components that a client is given in the coming round, for each (module, layer)."""
-    index = give(server, client, k, cap=R).index
-    return {(m, n): np.asarray(index[m][n, :k]) for m in TARGETS for n in range(LAYERS)}
+    index = give(server, client, k, R, spec).index
+    ranks = {"equal": {"up": k, "down": k}, "mixed": {"up": k, "down": {1: 1, 3: 2, 6: 4}[k]}}[spec]
+    return {(m, n): np.asarray(index[m][n, : ranks[m]]) for m in TARGETS for n in range(LAYERS)}
 
 
-def participants(server: Server, population: Population, ids: np.ndarray) -> list[oracle.Participant]:
+def participants(
+    server: Server, population: Population, ids: np.ndarray, spec: str
+) -> list[oracle.Participant]:
     """The clients of a round as the oracle takes them; only what is drawn comes from the package."""
     shares = population.shares[ids] / population.shares[ids].sum()
     return [
         oracle.Participant(
-            drawn(server, int(c), int(population.ranks[c])),
+            drawn(server, int(c), int(population.ranks[c]), spec),
             share,
             oracle_minibatches(client_batches(population, int(c), int(server.round))),
         )
@@ -115,6 +122,7 @@ def check_with_oracle(
     *,
     population: Population = toy.POPULATION,
     cohorts: Sequence[np.ndarray] = toy.COHORTS,
+    spec: str = "equal",
 ) -> None:
     """Global weights after every round and every client's losses, computed by hand from the first server on."""
     x = flat(found.servers[0].weights)
@@ -124,9 +132,9 @@ def check_with_oracle(
         x, by_client = oracle.run_round(
             oracle_base(),
             x,
-            participants(found.servers[t], population, ids),
-            r=toy.R,
-            s=toy.SPEC.scale,
+            participants(found.servers[t], population, ids, spec),
+            r={"up": toy.R, "down": toy.R if spec == "equal" else 4},
+            s={"up": 0.5, "down": 0.5 if spec == "equal" else 0.8},
             optimizer=toy.OPTIMIZERS[optimizer][1],
             server=hand,
             first_step=t * toy.STEPS.local_steps,

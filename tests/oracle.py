@@ -6,7 +6,7 @@ arithmetic is NumPy in float64. The model is `toy`'s: mean of embeddings, then f
 ``(module, layer, "B")`` -> factor, ``("head", "kernel")`` and ``("head", "bias")``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -76,13 +76,17 @@ def sketch(drawn: np.ndarray, r: int) -> np.ndarray:
 
 
 def loss_and_gradients(
-    base: Base, x: Parameters, s: float, sketches: dict[tuple[str, int], np.ndarray], batch: Minibatch
+    base: Base,
+    x: Parameters,
+    s: Mapping[str, float],
+    sketches: dict[tuple[str, int], np.ndarray],
+    batch: Minibatch,
 ) -> tuple[float, Parameters]:
     """Weighted mean cross-entropy at ``W0 + s B S A``; ``grad_B = s G A^T S`` and ``grad_A = s S B^T G``."""
     h = np.stack([base.embed[t].mean(0) if len(t) else np.zeros(base.embed.shape[1]) for t in batch.texts])
     inputs, outputs, effective = {}, {}, {}
     for at, w in base.w.items():
-        effective[at] = w + s * x[(*at, "B")] @ sketches[at] @ x[(*at, "A")]
+        effective[at] = w + s[at[0]] * x[(*at, "B")] @ sketches[at] @ x[(*at, "A")]
         inputs[at] = h
         h = outputs[at] = np.tanh(h @ effective[at].T)
 
@@ -97,17 +101,17 @@ def loss_and_gradients(
     for at in reversed(base.w):
         g = g * (1 - outputs[at] ** 2)
         G = g.T @ inputs[at]
-        grads[(*at, "B")] = s * G @ x[(*at, "A")].T @ sketches[at]
-        grads[(*at, "A")] = s * sketches[at] @ x[(*at, "B")].T @ G
+        grads[(*at, "B")] = s[at[0]] * G @ x[(*at, "A")].T @ sketches[at]
+        grads[(*at, "A")] = s[at[0]] * sketches[at] @ x[(*at, "B")].T @ G
         g = g @ effective[at]
     return loss, grads
 
 
-def moving(x: Parameters, components: dict[tuple[str, int], np.ndarray], r: int) -> Parameters:
+def moving(x: Parameters, components: dict[tuple[str, int], np.ndarray], r: Mapping[str, int]) -> Parameters:
     """Which entries may move: columns of B and rows of A at ``components``, and the head."""
     moves = {p: np.ones_like(v, dtype=bool) for p, v in x.items()}
     for at, chosen in components.items():
-        held = np.isin(np.arange(r), chosen)
+        held = np.isin(np.arange(r[at[0]]), chosen)
         moves[(*at, "B")] &= held[None, :]
         moves[(*at, "A")] &= held[:, None]
     return moves
@@ -118,17 +122,20 @@ def run_round(
     x: Parameters,
     participants: Sequence[Participant],
     *,
-    r: int,
-    s: float,
+    r: Mapping[str, int],
+    s: Mapping[str, float],
     optimizer: Callable[[], Sgd | AdamW],
     server: Sgd | AdamW,
     first_step: int = 0,
 ) -> tuple[Parameters, np.ndarray]:
-    """New global parameters, and each participant's loss before each step. ``server`` keeps its own state."""
+    """New global parameters, and each participant's loss before each step. ``server`` keeps its own state.
+
+    ``r`` and ``s`` are rank and scale of each module.
+    """
     mean = {p: np.zeros_like(v) for p, v in x.items()}
     losses = []
     for client in participants:
-        sketches = {at: sketch(drawn, r) for at, drawn in client.drawn.items()}
+        sketches = {at: sketch(drawn, r[at[0]]) for at, drawn in client.drawn.items()}
         moves, local, mine = moving(x, client.drawn, r), dict(x), optimizer()
         for h, batch in enumerate(client.minibatches):
             loss, grads = loss_and_gradients(base, local, s, sketches, batch)

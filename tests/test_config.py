@@ -58,7 +58,7 @@ def test_the_defaults_are_the_papers():
         ({"lora__r": "eight"}, "lora.r: found 'eight'"),
         ({"lora__r": 2.5}, "lora.r: found 2.5"),
         ({"lora__lora_dropout": 1}, "lora.lora_dropout: found 1"),
-        ({"lora__target_modules": "query"}, "lora.target_modules: found 'query'"),
+        ({"lora__target_modules": True}, "lora.target_modules.str: found True"),
         ({"federation__sketching_ratios": [0]}, "federation.sketching_ratios.0: found 0"),
         ({"federation__sketching_ratios": [0.5, 1.5]}, "federation.sketching_ratios.1: found 1.5"),
         ({"federation__sketching_ratios": [-0.5]}, "federation.sketching_ratios.0: found -0.5"),

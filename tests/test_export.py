@@ -15,10 +15,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from fslora_jax import export
 from fslora_jax.errors import UserError
 from fslora_jax.export import CARD, CONFIG, WEIGHTS, client_alpha, write_adapter
-from fslora_jax.lora import lora_scale, product, select_targets
+from fslora_jax.lora import lora_scale, product
 from fslora_jax.models import Model, load_model
 from fslora_jax.reload import check_fits, read_adapter
 from fslora_jax.sketch import gather
+from fslora_jax.targets import select_targets
 from fslora_jax.types import Adapter, Batch, Head, Local, Pair, Trainable
 
 with warnings.catch_warnings():
@@ -90,7 +91,7 @@ def make_case(folder: Path, family: str, pooling: str, target_modules: list[str]
         module: Pair(
             *(jnp.asarray(0.2 * rng.standard_normal((t.layers, R, d)), "float32") for d in (t.i, t.o))
         )
-        for module, t in select_targets(model.modules, target_modules).items()
+        for module, t in select_targets(model.modules, model.naming.layer_prefix, target_modules).items()
     }
     shapes = jax.eval_shape(model.init_head, jax.random.key(0))
     head = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)

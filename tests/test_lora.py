@@ -1,4 +1,4 @@
-"""LoRA factors: matching, initial values, the low-rank product, clients of several ranks, and what they cost."""
+"""LoRA factors: initial values, the low-rank product, clients of several ranks, and what they cost."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fslora_jax import lora
-from fslora_jax.errors import UserError
 from fslora_jax.lora import Target
+from fslora_jax.methods import Spec, traffic
 from fslora_jax.types import Pair
 
 MODULES = {
@@ -21,28 +21,8 @@ def random_pair(rng: np.random.Generator, *lead: int, i: int = 5, o: int = 4) ->
     return Pair(*(jnp.float32(rng.normal(size=(*lead, d))) for d in (i, o)))
 
 
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["query"], ["attention.self.query"]),
-        (["dense"], ["attention.output.dense", "output.dense"]),
-        (["output.dense"], ["attention.output.dense", "output.dense"]),
-        (["dense", "query", "query"], sorted(MODULES)),
-        (["attention.self.query"], ["attention.self.query"]),
-    ],
-)
-def test_targets_match_by_ending_and_come_sorted(names, expected):
-    assert list(lora.select_targets(MODULES, names)) == expected
-
-
-@pytest.mark.parametrize("name", ["uery", "quer", "lora_B", "self"])
-def test_a_target_that_matches_nothing_is_refused(name):
-    with pytest.raises(UserError, match=rf"lora.target_modules: '{name}' matches no module; expected"):
-        lora.select_targets(MODULES, ["query", name])
-
-
 def test_initial_factors():
-    adapter = lora.init_adapter(jax.random.key(0), MODULES, r=64)
+    adapter = lora.init_adapter(jax.random.key(0), MODULES, dict.fromkeys(MODULES, 64))
     assert list(adapter) == list(MODULES)
     for name, target in MODULES.items():
         a, b = adapter[name]
@@ -63,7 +43,7 @@ def test_initial_factors_have_the_law_of_kaiming():
     torch.manual_seed(0)
     theirs = torch.empty(400, 48)
     torch.nn.init.kaiming_uniform_(theirs, a=np.sqrt(5))
-    ours = lora.init_adapter(jax.random.key(0), {"q": Target(48, 4, 1)}, r=400)["q"].a
+    ours = lora.init_adapter(jax.random.key(0), {"q": Target(48, 4, 1)}, {"q": 400})["q"].a
     quantiles = np.linspace(0, 1, 21)
     np.testing.assert_allclose(np.quantile(ours, quantiles), np.quantile(theirs, quantiles), atol=0.01)
 
@@ -101,11 +81,12 @@ def test_traffic_of_the_published_setting():
     """RoBERTa-base, query and value, r = 64: the head is more than the adapter up to k = 16."""
     targets = {m: Target(768, 768, 12) for m in ("query", "value")}
     head = 592_130
+    spec = Spec(targets, r=64, scale=1.0)
     assert lora.rank_unit(targets) == 36_864
     for k in (8, 16, 32, 64):
-        down, up = lora.traffic(targets, 64, k, head, share_sketch=False)
+        down, up = traffic(spec, k, head)
         assert up == 4 * (k * 36_864 + head)
         assert down - up == (4 * 24 * k if k < 64 else 0)
         assert (4 * head > up - 4 * head) == (k <= 16)
-    down, up = lora.traffic(targets, 64, 8, head, share_sketch=True)
+    down, up = traffic(spec._replace(share_sketch=True), 8, head)
     assert down - up == 4 * 8

@@ -11,8 +11,18 @@ import toy
 from compare import flat, give
 
 from fslora_jax.federation.round import base_keys
-from fslora_jax.lora import traffic
-from fslora_jax.methods import METHODS, Client, Combined, Method, Payload, Server, fedit, fslora, whole
+from fslora_jax.methods import (
+    METHODS,
+    Client,
+    Combined,
+    Method,
+    Payload,
+    Server,
+    fedit,
+    fslora,
+    traffic,
+    whole,
+)
 from fslora_jax.methods.base import apply_server_optimizer, hold, weighted_sum
 from fslora_jax.types import Pair, Trainable
 
@@ -78,24 +88,27 @@ def test_identity_4_at_full_rank_a_client_holds_everything():
 
 @pytest.mark.parametrize("k", [1, 3, toy.R])
 @pytest.mark.parametrize("share", [False, True])
-def test_identity_8_uploads_hold_exactly_k_columns_and_rows(k, share):
-    spec = toy.SPEC._replace(share_sketch=share)
+@pytest.mark.parametrize("ranks", toy.SPECS)
+def test_identity_8_uploads_hold_exactly_k_columns_and_rows(k, share, ranks):
+    spec = toy.SPECS[ranks]._replace(share_sketch=share)
+    held = {"up": k, "down": k if ranks == "equal" else {1: 1, 3: 2, 6: 4}[k]}
     method = fslora(spec, optax.sgd(1.0))
     server = jax.eval_shape(toy.start, method)
     who = Client(jnp.int32(0), jnp.int32(k), jnp.float32(1))
     given = jax.eval_shape(lambda server: method.download(jax.random.key(0), server, who, k), server)
     payload = jax.eval_shape(method.upload, given, given)
     for m, target in toy.TARGETS.items():
-        assert payload.delta.adapter[m].a.shape == (toy.LAYERS, k, target.i)
-        assert payload.delta.adapter[m].b.shape == (toy.LAYERS, k, target.o)
-        assert payload.index[m].shape == (toy.LAYERS, k)
+        assert payload.delta.adapter[m].a.shape == (toy.LAYERS, held[m], target.i)
+        assert payload.delta.adapter[m].b.shape == (toy.LAYERS, held[m], target.o)
+        assert payload.index[m].shape == (toy.LAYERS, held[m])
 
     def size(tree) -> int:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
     head = sum(x.size for x in jax.tree.leaves(server.weights.head))
-    down, up = traffic(toy.TARGETS, toy.R, k, head, share_sketch=share)
-    indices = 0 if k == toy.R else (4 * k if share else size(given.index))
+    down, up = traffic(spec, k, head)
+    shared = 4 * sum(held.values() if ranks == "mixed" else [k])
+    indices = 0 if k == toy.R else (shared if share else size(given.index))
     assert up == size(payload.delta)
     assert down == size(given.weights) + indices
 
@@ -123,7 +136,7 @@ def test_combining_is_a_weighted_sum_over_clients():
     rng = np.random.default_rng(0)
     payloads = [random_payload(rng, 2, 4), random_payload(rng, 3, 2)]
     weights = [jnp.array([0.1, 0.2]), jnp.array([0.3, 0.4, 0.0])]
-    found = jax.jit(partial(weighted_sum, toy.R))(payloads, weights)
+    found = jax.jit(partial(weighted_sum, toy.SPEC.ranks()))(payloads, weights)
     for m, target in toy.TARGETS.items():
         a = np.zeros((toy.LAYERS, toy.R, target.i))
         count = np.zeros((toy.LAYERS, toy.R))

@@ -59,6 +59,15 @@ def test_identities_3_and_5_of_whole_rounds(optimizer):
     close(extracted.losses, masked.losses)
 
 
+def test_identity_3_of_modules_with_ranks_and_scales_of_their_own():
+    """In tiers and in masks; momentum at the server would show a component that nobody drew."""
+    extracted, masked = (played("momentum", "momentum", layout, "mixed") for layout in ("tiered", "masked"))
+    assert extracted.servers[0].weights.adapter["down"].a.shape == (toy.LAYERS, 4, toy.F)
+    for found in (extracted, masked):
+        check_with_oracle(found, "momentum", "momentum", spec="mixed")
+    close(last(extracted), last(masked), 5e-6)
+
+
 @pytest.mark.parametrize("server", ["momentum", "adamw"])
 def test_identity_5_with_a_server_optimizer(server):
     found = played("sgd", server, "tiered")

@@ -35,11 +35,11 @@ def two_sketches(monkeypatch) -> None:
 def over_contributors(monkeypatch) -> None:
     honest = base.weighted_sum
 
-    def broken(r: int, payloads, weights) -> Combined:
-        combined = honest(r, payloads, weights)
+    def broken(ranks, payloads, weights) -> Combined:
+        combined = honest(ranks, payloads, weights)
         share = {
             m: sum(
-                scatter_sum(p.trains[m][..., None], p.index[m], w, r)
+                scatter_sum(p.trains[m][..., None], p.index[m], w, ranks[m])
                 for p, w in zip(payloads, weights, strict=True)
             )
             for m in combined.delta.adapter

@@ -16,9 +16,9 @@ from fslora_jax.federation import round as round_module
 from fslora_jax.federation.cohort import Layout
 from fslora_jax.federation.local import ClientOptimizer, train
 from fslora_jax.federation.round import Cohort, make_round
-from fslora_jax.lora import select_targets
 from fslora_jax.methods import Client, Spec, fedit, fslora
 from fslora_jax.models import Model, build_model
+from fslora_jax.targets import select_targets
 from fslora_jax.types import Batch
 
 C, H, B, L, E, N, D, F, V, R = 5, 2, 3, 11, 4, 3, 34, 58, 47, 8
@@ -63,7 +63,7 @@ def compiled(
     stack: int = 0,
 ) -> str:
     """The optimised program of a round; ``stack`` gives the base a leading axis. Nothing is run."""
-    targets = select_targets(model().modules, ["query", "value", "output.dense"])
+    targets = select_targets(model().modules, "{layer}.", ["query", "value", "output.dense"])
     federated = method(Spec(targets, R, 1.0), optax.sgd(1.0))
     one_round = make_round(
         score or model().score,

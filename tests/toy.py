@@ -26,6 +26,11 @@ D, F, VOCAB, LABELS, LAYERS, R = 5, 7, 11, 3, 2, 6
 ORDER = ("up", "down")
 TARGETS = {"down": lora.Target(F, D, LAYERS), "up": lora.Target(D, F, LAYERS)}
 SPEC = Spec(TARGETS, R, scale=0.5)
+SPECS = {
+    "equal": SPEC,
+    "mixed": SPEC._replace(rank_pattern={"down": 4}, scale_pattern={"down": 0.8}),
+}
+"""One rank for both modules; ``down`` at a rank and a scale of its own, of which clients hold 1, 2 or 4."""
 STEPS = Steps(seed=3, local_steps=3, batch_size=2, row_length=4, packing=False)
 SHAPE = BatchShape(STEPS.batch_size, STEPS.row_length, 0)
 RANKS = np.array([1, 3, 6, 3, 1, 1, 3])

@@ -24,8 +24,7 @@ from fslora_jax.federation.results import write_global
 from fslora_jax.federation.round import Cohort, Keys, base_keys, make_round, shardings
 from fslora_jax.federation.setup import Federation, initial_server, set_up
 from fslora_jax.log import JsonLines, Logger, open_loggers, read_records
-from fslora_jax.lora import Traffic, traffic
-from fslora_jax.methods import Server
+from fslora_jax.methods import Server, Traffic, traffic
 from fslora_jax.random import Purpose, device_key
 from fslora_jax.rundir import open_run, read_summary, write_summary
 
@@ -214,7 +213,7 @@ def client_traffic(federation: Federation, k: int) -> Traffic:
     """Bytes of one client of rank ``k`` in one round."""
     head = jax.eval_shape(federation.task.model.init_head, device_key(0, Purpose.INIT))
     head_values = sum(math.prod(x.shape) for x in jax.tree.leaves(head))
-    return traffic(federation.spec.targets, federation.spec.r, k, head_values, federation.spec.share_sketch)
+    return traffic(federation.spec, k, head_values)
 
 
 def draw_partition(federation: Federation, run_dir: Path) -> None:

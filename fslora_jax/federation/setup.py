@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from fslora_jax import hub
+from fslora_jax.adapters.spec import make_spec
 from fslora_jax.config import ClientOptimizerConfig, Config, DataConfig
 from fslora_jax.data.batches import BatchShape, eval_batches
 from fslora_jax.data.partition import PARTITIONS, Partition, check_partition
@@ -20,7 +21,6 @@ from fslora_jax.federation.cohort import Layout, plan_layout, sample_cohort
 from fslora_jax.federation.feed import Population, Steps, best_row_length, plan_shape
 from fslora_jax.federation.local import ClientOptimizer
 from fslora_jax.federation.round import CLIENTS, shardings
-from fslora_jax.lora import lora_scale, select_targets
 from fslora_jax.methods import METHODS, Method, Server, Spec
 from fslora_jax.models import Model, load_model
 from fslora_jax.random import Purpose, device_key, host_rng
@@ -196,12 +196,7 @@ def set_up(config: Config) -> Federation:
     mesh = make_mesh()
     task = load_task(config, mesh)
     f, r = config.federation, config.lora.r
-    spec = Spec(
-        targets=select_targets(task.model.modules, config.lora.target_modules),
-        r=r,
-        scale=lora_scale(r, config.lora.lora_alpha, config.lora.use_rslora),
-        share_sketch=f.share_sketch,
-    )
+    spec = make_spec(config.lora, task.model, f.share_sketch)
     size = config.clients_per_round
     cohorts = [sample_cohort(config.seed, t, f.num_clients, size) for t in range(f.num_rounds)]
     lanes = (1 if mesh is None else mesh.size) * f.cohort_chunks

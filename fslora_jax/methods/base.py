@@ -8,18 +8,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from fslora_jax.lora import Target, init_adapter
+from fslora_jax.lora import init_adapter
+from fslora_jax.methods.spec import Spec
 from fslora_jax.sketch import gather, scatter_sum
 from fslora_jax.types import Head, Local, Pair, Trainable
-
-
-class Spec(NamedTuple):
-    """What a method must know of the adapter: targets, global rank, LoRA scale, one draw for all modules or each."""
-
-    targets: Mapping[str, Target]
-    r: int
-    scale: float
-    share_sketch: bool = False
 
 
 class Server(NamedTuple):
@@ -69,9 +61,10 @@ class Method(NamedTuple):
 
 def hold(spec: Spec, weights: Trainable, index: dict[str, Array], gain: dict[str, Array]) -> Local:
     """What a client holds that was given the components ``index`` with forward gains ``gain``."""
+    scales = spec.scales()
     return Local(
         weights=Trainable({m: gather(pair, index[m]) for m, pair in weights.adapter.items()}, weights.head),
-        scale={m: spec.scale * g for m, g in gain.items()},
+        scale={m: scales[m] * g for m, g in gain.items()},
         trains={m: (g > 0).astype(jnp.float32) for m, g in gain.items()},
         index=index,
     )
@@ -80,9 +73,10 @@ def hold(spec: Spec, weights: Trainable, index: dict[str, Array], gain: dict[str
 def whole(spec: Spec, weights: Trainable) -> Local:
     """The global adapter with ``S = I``: what is evaluated, and what a client of plain LoRA holds."""
     index, gain = {}, {}
-    for m, target in spec.targets.items():
-        index[m] = jnp.broadcast_to(jnp.arange(spec.r, dtype=jnp.int32), (target.layers, spec.r))
-        gain[m] = jnp.ones((target.layers, spec.r))
+    for m, r in spec.ranks().items():
+        shape = (spec.targets[m].layers, r)
+        index[m] = jnp.broadcast_to(jnp.arange(r, dtype=jnp.int32), shape)
+        gain[m] = jnp.ones(shape)
     return hold(spec, weights, index, gain)
 
 
@@ -91,18 +85,20 @@ def upload_delta(before: Local, after: Local) -> Payload:
     return Payload(jax.tree.map(jnp.subtract, after.weights, before.weights), before.index, before.trains)
 
 
-def weighted_sum(r: int, payloads: Sequence[Payload], weights: Sequence[Float[Array, " C"]]) -> Combined:
+def weighted_sum(
+    ranks: Mapping[str, int], payloads: Sequence[Payload], weights: Sequence[Float[Array, " C"]]
+) -> Combined:
     """``sum_i w_i scatter(delta_i)`` over the tiers at hand; weights sum to 1 over the whole cohort."""
 
     def of_tier(payload: Payload, weight: Float[Array, " C"]) -> Combined:
         adapter = {
-            m: Pair(*(scatter_sum(x, payload.index[m], weight, r) for x in pair))
+            m: Pair(*(scatter_sum(x, payload.index[m], weight, ranks[m]) for x in pair))
             for m, pair in payload.delta.adapter.items()
         }
         head = jax.tree.map(lambda x: jnp.einsum("c,c...->...", weight, x), payload.delta.head)
         taken = (weight > 0).astype(jnp.float32)
         trained_by = {
-            m: scatter_sum(trains[..., None], payload.index[m], taken, r)[..., 0]
+            m: scatter_sum(trains[..., None], payload.index[m], taken, ranks[m])[..., 0]
             for m, trains in payload.trains.items()
         }
         return Combined(Trainable(adapter, head), trained_by)
@@ -138,7 +134,7 @@ def fedavg_lora(spec: Spec, server_optimizer: optax.GradientTransformation) -> M
     """FedAvg of LoRA factors and head: the parts that `fedit` and `fslora` share."""
 
     def init(key: Key[Array, ""], head: Head) -> Server:
-        weights = Trainable(init_adapter(key, spec.targets, spec.r), head)
+        weights = Trainable(init_adapter(key, spec.targets, spec.ranks()), head)
         return Server(weights, server_optimizer.init(weights), jnp.int32(0))
 
     def download(key: Key[Array, ""], server: Server, client: Client, cap: int) -> Local:
@@ -149,6 +145,6 @@ def fedavg_lora(spec: Spec, server_optimizer: optax.GradientTransformation) -> M
         init=init,
         download=download,
         upload=upload_delta,
-        combine=lambda payloads, weights: weighted_sum(spec.r, payloads, weights),
+        combine=lambda payloads, weights: weighted_sum(spec.ranks(), payloads, weights),
         update=lambda server, combined: apply_server_optimizer(server_optimizer, server, combined),
     )

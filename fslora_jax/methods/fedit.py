@@ -2,7 +2,8 @@
 
 import optax
 
-from fslora_jax.methods.base import Method, Spec, fedavg_lora
+from fslora_jax.methods.base import Method, fedavg_lora
+from fslora_jax.methods.spec import Spec
 
 
 def fedit(spec: Spec, server_optimizer: optax.GradientTransformation) -> Method:

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int, Key
 
-from fslora_jax.methods.base import Client, Method, Server, Spec, fedavg_lora, hold
+from fslora_jax.methods.base import Client, Method, Server, fedavg_lora, hold
+from fslora_jax.methods.spec import Spec
 from fslora_jax.sketch import Sketch, draw
 from fslora_jax.types import Local
 
@@ -30,11 +31,20 @@ def fslora(spec: Spec, server_optimizer: optax.GradientTransformation) -> Method
 def draw_all(key: Key[Array, ""], spec: Spec, k: Int[Array, ""], cap: int) -> dict[str, Sketch]:
     """A sketch for every layer of every adapted module: independent draws, or one for all (``share_sketch``).
 
-    All draws are one vectorised operation, which keeps the compiled round small.
+    The draws of all modules of one rank are one vectorised operation, which keeps the compiled round small.
     """
-    layers = [target.layers for target in spec.targets.values()]
-    keys = jnp.broadcast_to(key, (sum(layers),)) if spec.share_sketch else jax.random.split(key, sum(layers))
-    every = jax.vmap(lambda key: draw(key, spec.r, k, cap))(keys)
-    starts = np.cumsum(layers)[:-1]
-    parts = zip(*(jnp.split(x, starts) for x in every), strict=True)
-    return {module: Sketch(*part) for module, part in zip(spec.targets, parts, strict=True)}
+    layers = {m: target.layers for m, target in spec.targets.items()}
+    total = sum(layers.values())
+    keys = jnp.broadcast_to(key, (total,)) if spec.share_sketch else jax.random.split(key, total)
+    by_module = dict(zip(layers, jnp.split(keys, np.cumsum([*layers.values()])[:-1]), strict=True))
+    full, held, caps = spec.ranks(), spec.ranks(k), spec.ranks(cap)
+    sketches = {}
+    for r in sorted(set(full.values())):
+        alike = [m for m in layers if full[m] == r]
+        draws = jax.vmap(lambda key, r=r, m=alike[0]: draw(key, r, held[m], caps[m]))(
+            jnp.concatenate([by_module[m] for m in alike])
+        )
+        starts = np.cumsum([layers[m] for m in alike])[:-1]
+        parts = zip(*(jnp.split(x, starts) for x in draws), strict=True)
+        sketches |= {m: Sketch(*part) for m, part in zip(alike, parts, strict=True)}
+    return {m: sketches[m] for m in layers}

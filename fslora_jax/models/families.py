@@ -40,7 +40,7 @@ def build_model(
     fields = Fields(config)
     model = family.build(family, fields, Options(num_labels, pooling, jnp.dtype(dtype), lora_dropout))
     fields.finish()
-    return model
+    return model._replace(model_type=config["model_type"])
 
 
 def find_family(config: Mapping[str, Any]) -> Family:

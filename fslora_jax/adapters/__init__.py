@@ -1,0 +1,1 @@
+"""LoRA adapters in and out: PEFT folders, merged models, and which modules of a model they adapt."""
