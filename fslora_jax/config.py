@@ -42,7 +42,7 @@ class ModelConfig(Section):
 
 
 class LoraShape(Section):
-    """What decides the adapted modules, their ranks and scales; the names are PEFT's."""
+    """Ranks and scales of the adapted modules; the names are PEFT's."""
 
     r: Count = 64
     """Rank of the server's adapter."""
@@ -50,9 +50,6 @@ class LoraShape(Section):
     """LoRA scale is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora; always with the global r."""
     use_rslora: bool = True
     """Rank-stabilised scale (arXiv 2312.03732)."""
-    target_modules: str | tuple[str, ...] | None = None
-    """Linear modules to adapt: names (a path or its ending), `all-linear` (all of the layers, not the head), or a
-    regular expression of a module's whole path. By default what PEFT adapts in this family, such as query and value."""
     rank_pattern: dict[str, Count] = {}
     """Other ranks than r for some modules, such as {output.dense: 8}; a name is the end of a path, or a regular
     expression of it. A client's ratio applies to each module's own rank."""
@@ -63,6 +60,9 @@ class LoraShape(Section):
 class LoraConfig(LoraShape):
     """The global adapter; the names are PEFT's."""
 
+    target_modules: str | tuple[str, ...] | None = None
+    """Linear modules to adapt: names (a path or its ending), `all-linear` (all of the layers, not the head), or a
+    regular expression of a module's whole path. By default what PEFT adapts in this family, such as query and value."""
     lora_dropout: Fraction = 0.0
     """Dropout on the input of the LoRA branch in training."""
 
@@ -265,12 +265,12 @@ def suggest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(known)}"
 
 
-def one_line(error: ValidationError) -> str:
+def one_line(error: ValidationError, form: type[BaseModel]) -> str:
     """The first mistake of a pydantic error as ``field: found, expected``, and how many more there are."""
     first, *rest = error.errors(include_url=False)
     field = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        text = f"unknown setting {field}{suggest(field, known_fields())}"
+        text = f"unknown setting {field}{suggest(field, known_fields(form))}"
     elif first["type"] == "missing":
         text = f"{field}: missing; add it to the config"
     elif first["type"] == "value_error":
@@ -291,7 +291,7 @@ def checked(form: type[S], values: Any, source: str) -> S:
     try:
         return form.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{source}: {one_line(error)}") from None
+        raise UserError(f"{source}: {one_line(error, form)}") from None
 
 
 def make_config(values: Any, source: str) -> Config:

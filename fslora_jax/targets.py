@@ -28,7 +28,7 @@ def full_names(path: str, target: Target, layer_prefix: str) -> list[str]:
 
 
 def select_targets(
-    modules: Mapping[str, Target], layer_prefix: str, target_modules: str | Iterable[str]
+    field: str, modules: Mapping[str, Target], layer_prefix: str, target_modules: str | Iterable[str]
 ) -> dict[str, Target]:
     """The modules that ``target_modules`` names, sorted by path.
 
@@ -38,7 +38,8 @@ def select_targets(
     Raises:
       UserError: a name matches no module, or only some layers of one.
 
-    >>> list(select_targets({"self.query": Target(4, 4, 2), "dense": Target(4, 4, 2)}, "layer.{layer}.", ["query"]))
+    >>> modules = {"self.query": Target(4, 4, 2), "dense": Target(4, 4, 2)}
+    >>> list(select_targets("lora.target_modules", modules, "layer.{layer}.", ["query"]))
     ['self.query']
     """
     if isinstance(target_modules, str):
@@ -50,10 +51,10 @@ def select_targets(
         patterns = {name: _ending(re.escape(name)) for name in target_modules}
     chosen = set()
     for name, pattern in patterns.items():
-        found = [m for m, target in modules.items() if _matches(m, target, layer_prefix, pattern)]
+        found = [m for m, target in modules.items() if _matches(field, m, target, layer_prefix, pattern)]
         if not found:
             raise UserError(
-                f"lora.target_modules: {name!r} matches no module; expected the path of one of "
+                f"{field}: {name!r} matches no module; expected the path of one of "
                 f"{sorted(modules)}, or its ending, or a regular expression of a path such as "
                 f"{layer_prefix.format(layer=0) + min(modules)}"
             )
@@ -77,7 +78,7 @@ def match_pattern(
     """
     values: dict[str, V] = {}
     for key, value in pattern.items():
-        found = [m for m, target in targets.items() if _matches(m, target, layer_prefix, _ending(key), field)]
+        found = [m for m, target in targets.items() if _matches(field, m, target, layer_prefix, _ending(key))]
         if not found:
             raise UserError(
                 f"{field}: {key!r} matches no adapted module; expected the end of one of {sorted(targets)}"
@@ -99,9 +100,7 @@ def _ending(pattern: str) -> str:
     return rf"(.*\.)?({pattern})"
 
 
-def _matches(
-    path: str, target: Target, layer_prefix: str, pattern: str, field: str = "lora.target_modules"
-) -> bool:
+def _matches(field: str, path: str, target: Target, layer_prefix: str, pattern: str) -> bool:
     """Whether a pattern takes a module, in all its layers."""
     try:
         taken = [bool(re.fullmatch(pattern, name)) for name in full_names(path, target, layer_prefix)]

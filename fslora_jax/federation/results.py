@@ -5,17 +5,17 @@ from pathlib import Path
 import jax
 
 from fslora_jax import hub
+from fslora_jax.adapters.read import check_fits, read_adapter
+from fslora_jax.adapters.spec import adapter_config, client_config
+from fslora_jax.adapters.write import write_adapter
 from fslora_jax.checkpoint import Checkpoints
 from fslora_jax.config import Config, DataConfig
 from fslora_jax.errors import UserError
 from fslora_jax.evaluate import gather, make_evaluation, measure
-from fslora_jax.export import client_alpha, write_adapter
 from fslora_jax.federation.client import train_client
 from fslora_jax.federation.setup import Federation, find_examples, initial_server, set_up, test_batches
-from fslora_jax.lora import lora_scale
-from fslora_jax.methods import Server, Spec
+from fslora_jax.methods import Server
 from fslora_jax.models import load_model
-from fslora_jax.reload import check_fits, read_adapter
 from fslora_jax.rundir import load_run_config
 from fslora_jax.types import Trainable
 
@@ -49,35 +49,24 @@ def export_round(run_dir: Path, out: Path, round: int | None = None) -> None:
 
 def write_global(config: Config, federation: Federation, server: Server, out: Path) -> None:
     """The global adapter as a PEFT folder."""
-    weights = jax.device_get(server.weights)
-    write_adapter(
-        out,
-        weights.adapter,
-        weights.head,
-        naming=federation.task.model.naming,
-        base_model=config.model.name,
-        r=config.lora.r,
-        lora_alpha=config.lora.lora_alpha,
-        use_rslora=config.lora.use_rslora,
-        target_modules=config.lora.target_modules,
-        label_names=federation.task.label_names,
-    )
+    weights, model = jax.device_get(server.weights), federation.task.model
+    said = adapter_config(config.lora, federation.spec, model, config.model.name)
+    labels = federation.task.label_names
+    write_adapter(out, weights.adapter, weights.head, said, naming=model.naming, label_names=labels)
 
 
 def export_client(run_dir: Path, out: Path, client: int, round: int | None = None) -> None:
     """One client's adapter at its own rank k, after its local steps of the round that follows."""
     config, federation, server = load_round(run_dir, round)
     local = jax.device_get(train_client(config, federation, server, client))
+    model, k = federation.task.model, int(federation.task.population.ranks[client])
+    said = adapter_config(config.lora, federation.spec, model, config.model.name)
     write_adapter(
         out,
         local.weights.adapter,
         local.weights.head,
-        naming=federation.task.model.naming,
-        base_model=config.model.name,
-        r=int(federation.task.population.ranks[client]),
-        lora_alpha=client_alpha(config.lora.r, config.lora.lora_alpha, config.lora.use_rslora),
-        use_rslora=False,
-        target_modules=config.lora.target_modules,
+        client_config(said, federation.spec, model, k),
+        naming=model.naming,
         label_names=federation.task.label_names,
     )
 
@@ -97,18 +86,16 @@ def evaluate_run(run_dir: Path, data: DataConfig | None = None) -> dict[str, flo
 
 def evaluate_adapter(folder: Path, data: DataConfig) -> dict[str, float]:
     """Metrics of a PEFT adapter folder on labelled texts."""
-    adapter, head, said = read_adapter(folder)
-    base_folder = hub.resolve_model(said.base_model)
-    test = find_examples(data.model_copy(update={"label_names": said.label_names or data.label_names}))
+    saved = read_adapter(folder)
+    base_folder = hub.resolve_model(saved.config.base_model_name_or_path)
+    test = find_examples(data.model_copy(update={"label_names": saved.label_names or data.label_names}))
     model, base = load_model(
-        base_folder, num_labels=len(test.label_names), pooling=POOLING_OF[said.task_type], dtype="float32"
+        base_folder,
+        num_labels=len(test.label_names),
+        pooling=POOLING_OF[saved.config.task_type],
+        dtype="float32",
     )
-    check_fits(adapter, head, said, model)
-    spec = Spec(
-        targets={module: model.modules[module] for module in adapter},
-        r=said.r,
-        scale=lora_scale(said.r, said.lora_alpha, said.use_rslora),
-    )
+    check_fits(saved, model)
     batches = test_batches(base_folder, model, test, data)
-    score = make_evaluation(model.score, spec)(base, Trainable(adapter, head), batches)
+    score = make_evaluation(model.score, saved.spec)(base, Trainable(saved.adapter, saved.head), batches)
     return measure(gather(score, batches), ["accuracy"])

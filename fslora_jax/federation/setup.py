@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from fslora_jax import hub
-from fslora_jax.adapters.spec import make_spec
+from fslora_jax.adapters.spec import model_spec
 from fslora_jax.config import ClientOptimizerConfig, Config, DataConfig
 from fslora_jax.data.batches import BatchShape, eval_batches
 from fslora_jax.data.partition import PARTITIONS, Partition, check_partition
@@ -196,7 +196,7 @@ def set_up(config: Config) -> Federation:
     mesh = make_mesh()
     task = load_task(config, mesh)
     f, r = config.federation, config.lora.r
-    spec = make_spec(config.lora, task.model, f.share_sketch)
+    spec = model_spec(config.lora, task.model, f.share_sketch)
     size = config.clients_per_round
     cohorts = [sample_cohort(config.seed, t, f.num_clients, size) for t in range(f.num_rounds)]
     lanes = (1 if mesh is None else mesh.size) * f.cohort_chunks
