@@ -63,7 +63,7 @@ def compiled(
     stack: int = 0,
 ) -> str:
     """The optimised program of a round; ``stack`` gives the base a leading axis. Nothing is run."""
-    targets = select_targets(model().modules, "{layer}.", ["query", "value", "output.dense"])
+    targets = select_targets("targets", model().modules, "{layer}.", ["query", "value", "output.dense"])
     federated = method(Spec(targets, R, 1.0), optax.sgd(1.0))
     one_round = make_round(
         score or model().score,

@@ -50,13 +50,17 @@ def in_peft(**changes: Any) -> dict[str, list[tuple[int, float]]]:
 )
 def test_names_select_what_peft_selects(target_modules):
     expected = in_peft(target_modules=target_modules)
-    assert list(select_targets(MODULES, PREFIX, target_modules)) == sorted(expected)
+    assert list(select_targets("lora.target_modules", MODULES, PREFIX, target_modules)) == sorted(expected)
     assert all(len(layers) == SIZES["num_hidden_layers"] for layers in expected.values())
 
 
 def test_all_linear_is_every_linear_module_of_the_layers():
     expected = in_peft(target_modules="all-linear")
-    assert list(select_targets(MODULES, PREFIX, "all-linear")) == sorted(expected) == sorted(MODULES)
+    assert (
+        list(select_targets("lora.target_modules", MODULES, PREFIX, "all-linear"))
+        == sorted(expected)
+        == sorted(MODULES)
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,7 +95,7 @@ def test_defaults_are_pefts():
 @pytest.mark.parametrize("form", [str, lambda name: ["query", name]])
 def test_a_target_that_matches_nothing_is_refused(name, form):
     with pytest.raises(UserError, match=rf"lora.target_modules: '{name}' matches no module; expected"):
-        select_targets(MODULES, PREFIX, form(name))
+        select_targets("lora.target_modules", MODULES, PREFIX, form(name))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +108,7 @@ def test_a_target_that_matches_nothing_is_refused(name, form):
 )
 def test_targets_of_some_layers_are_refused(target_modules, message):
     with pytest.raises(UserError, match=rf"lora.target_modules: .*{message}"):
-        select_targets(MODULES, PREFIX, target_modules)
+        select_targets("lora.target_modules", MODULES, PREFIX, target_modules)
 
 
 @pytest.mark.parametrize(
