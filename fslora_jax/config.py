@@ -39,6 +39,11 @@ class ModelConfig(Section):
     tokens under a linear head (better for sentence-embedding models)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the base model and its activations; adapters and reductions stay float32."""
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    """`cudnn` is flash attention on a GPU in bfloat16; `auto` takes it where it can be had, else `xla`."""
+    remat: Literal["none", "frozen", "full"] = "frozen"
+    """What the backward pass computes anew to save memory: nothing, all of a layer but its products with frozen
+    weights, or all of it."""
 
 
 class LoraShape(Section):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fslora_jax import lora
 from fslora_jax.errors import UserError
-from fslora_jax.models import attention, build_model, encoder, layers, load_model
+from fslora_jax.models import attention, build_model, encoder, family, layers, load_model
 from fslora_jax.types import Batch, Local, Pair, Trainable
 
 LENGTHS = (7, 3, 5, 4, 10)
@@ -256,9 +256,12 @@ def test_dropout_is_on_the_adapters_input_only():
     assert np.abs(on - swapped).max() > 1e-3
 
 
+OPTIONS = family.Options("sequence", 3, "mean", jnp.dtype("float32"), 0.5, "xla", "frozen")
+
+
 def test_each_module_draws_its_own_mask():
     config = encoder.Config(**{name: CONFIG[name] for name in encoder.Config._fields})
-    layer = encoder.EncoderLayer(config, 0.5, jnp.dtype("float32"), nnx.Rngs(0))
+    layer = encoder.EncoderLayer(config, OPTIONS, nnx.Rngs(0))
     query, key = "attention.self.query", "attention.self.key"
     layer.linear[key] = layer.linear[query]
     pair, scale = Pair(jnp.ones((1, 2, 16)), jnp.ones((1, 2, 16))), jnp.ones((1, 2))

@@ -169,7 +169,7 @@ def test_config_that_is_no_object(edit, text):
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("model_type", "albert", "expected one of ['bert', 'roberta']"),
+        ("model_type", "albert", "expected one of ['bert', 'roberta'"),
         ("model_type", 3, "expected"),
         ("hidden_act", "selu", "expected one of ['gelu', 'gelu_new', 'gelu_pytorch_tanh', 'relu', 'silu']"),
         ("position_embedding_type", "relative_key", "expected 'absolute'"),

@@ -65,6 +65,8 @@ def load_task(config: Config, mesh: Mesh | None) -> Task:
         pooling=config.model.pooling,
         dtype=config.model.dtype,
         lora_dropout=config.lora.lora_dropout,
+        attention=config.model.attention,
+        remat=config.model.remat,
         placement=None if everywhere is None else lambda _path, _shape: everywhere,
     )
     partition = divide(config, train)

@@ -6,35 +6,109 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fslora_jax.errors import UserError
+
 LOW = -1e9
 """So low that softmax gives exactly 0, and finite: padding sees nothing, hence everything equally."""
 
+ATTENTIONS = ("auto", "xla", "cudnn")
+
 
 def attention_bias(
-    segments: Int[Array, "*C B L"], positions: Int[Array, "*C B L"] | None = None
+    segments: Int[Array, "*C B L"],
+    positions: Int[Array, "*C B L"] | None = None,
+    window: int | None = None,
 ) -> Float[Array, "*C B 1 L L"]:
-    """0 between tokens of one example, else ``LOW``; with ``positions``, only to the token itself and earlier ones."""
-    same = (segments[..., :, None] == segments[..., None, :]) & (segments > 0)[..., None]
+    """0 between tokens of one example, else ``LOW``.
+
+    With ``positions``, a token sees only itself and earlier ones: the last ``window``, or all.
+    """
+    seen = (segments[..., :, None] == segments[..., None, :]) & (segments > 0)[..., None]
     if positions is not None:
-        same &= positions[..., :, None] >= positions[..., None, :]
-    return jnp.where(same, 0.0, LOW)[..., None, :, :]
+        distance = positions[..., :, None] - positions[..., None, :]
+        seen &= (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    return jnp.where(seen, 0.0, LOW)[..., None, :, :]
 
 
 def attention(
-    q: Float[Array, "C B L D"],
+    q: Float[Array, "C B Q D"],
     k: Float[Array, "C B L G"],
     v: Float[Array, "C B L G"],
-    bias: Float[Array, "C B h L L"],
+    bias: Float[Array, "C B h Q L"],
     head_dim: int,
-) -> Float[Array, "C B L D"]:
-    """Scores and softmax in float32; where keys have fewer heads than queries, consecutive queries share one.
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
+    implementation: str = "xla",
+) -> Float[Array, "C B Q D"]:
+    """Attention of queries on keys; where these have fewer heads, consecutive queries' heads share one.
+
+    Args:
+      q: queries, all heads side by side.
+      k: keys.
+      v: values.
+      bias: added to the scores; one for all heads, or one for each.
+      head_dim: width of a head.
+      scale: of the scores, by default ``1 / sqrt(head_dim)``.
+      cap: scores are squashed to ``cap * tanh(scores / cap)`` (Gemma 2).
+      implementation: one of ``ATTENTIONS``.
+    """
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    if _uses_cudnn(implementation, q.dtype, cap):
+        return _cudnn(q, k, v, bias, head_dim, scale)
+    return _xla(q, k, v, bias, head_dim, scale, cap)
+
+
+def _uses_cudnn(implementation: str, dtype: jnp.dtype, cap: float | None) -> bool:
+    """cuDNN's flash attention is for GPUs and halves, and has no cap."""
+    if implementation == "auto":
+        return jax.default_backend() == "gpu" and dtype == jnp.bfloat16 and cap is None
+    if implementation == "cudnn" and (dtype != jnp.bfloat16 or cap is not None):
+        raise UserError(
+            "model.attention is 'cudnn', which needs model.dtype: bfloat16 and a model that does not cap its "
+            f"scores; found {dtype} and a cap of {cap}; set model.attention: auto"
+        )
+    return implementation == "cudnn"
+
+
+def _cudnn(
+    q: Float[Array, "C B Q D"],
+    k: Float[Array, "C B L G"],
+    v: Float[Array, "C B L G"],
+    bias: Float[Array, "C B h Q L"],
+    head_dim: int,
+    scale: float,
+) -> Float[Array, "C B Q D"]:
+    heads = (m.reshape(-1, m.shape[-2], m.shape[-1] // head_dim, head_dim) for m in (q, k, v))
+    flat = bias.astype(q.dtype).reshape(-1, *bias.shape[2:])
+    mixed = jax.nn.dot_product_attention(*heads, bias=flat, scale=scale, implementation="cudnn")
+    return mixed.reshape(q.shape)
+
+
+def _xla(
+    q: Float[Array, "C B Q D"],
+    k: Float[Array, "C B L G"],
+    v: Float[Array, "C B L G"],
+    bias: Float[Array, "C B h Q L"],
+    head_dim: int,
+    scale: float,
+    cap: float | None,
+) -> Float[Array, "C B Q D"]:
+    """Scores and softmax in float32.
 
     Heads go before positions first: products of contiguous matrices are twice as fast on a CPU.
     """
-    q, k, v = (jnp.swapaxes(m.reshape(*m.shape[:-1], -1, head_dim), -3, -2) for m in (q, k, v))
-    q = q.reshape(*q.shape[:-3], k.shape[-3], -1, *q.shape[-2:])
-    scores = jnp.einsum("cbgsqd,cbgkd->cbgsqk", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores / math.sqrt(head_dim) + bias[:, :, :, None]).astype(v.dtype)
+    k, v = (jnp.swapaxes(m.reshape(*m.shape[:-1], -1, head_dim), -3, -2) for m in (k, v))
+    shared = q.reshape(*q.shape[:-1], k.shape[-3], -1, head_dim)  # (C, B, Q, heads of k, queries each, d)
+    scores = jnp.einsum(
+        "cbgsqd,cbgkd->cbgsqk", jnp.moveaxis(shared, 2, -2), k, preferred_element_type=jnp.float32
+    )
+    scores = scores * scale
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
+    bias = bias.reshape(
+        *bias.shape[:2], *((1, 1) if bias.shape[2] == 1 else shared.shape[3:5]), *bias.shape[3:]
+    )
+    weights = jax.nn.softmax(scores + bias).astype(v.dtype)
     mixed = jnp.einsum("cbgsqk,cbgkd->cbgsqd", weights, v)
-    mixed = jnp.moveaxis(mixed, -2, 2)
-    return mixed.reshape(*mixed.shape[:3], -1)
+    return jnp.moveaxis(mixed, -2, 2).reshape(q.shape)

@@ -50,7 +50,7 @@ def encoder(c: Config, variant: Variant, options: Options, naming: Naming) -> Mo
     """The model of a config; it computes in ``options.dtype``, its logits are float32."""
     parts = _parts(c, variant, options)
     modules = {path: lora.Target(i, o, c.num_hidden_layers) for path, (i, o) in linear_sizes(c).items()}
-    apply = partial(_apply, stack.graphs(parts), variant, options.dtype)
+    apply = partial(_apply, stack.graphs(parts), variant, options)
     return Model(
         apply=apply,
         score=partial(score_labels, apply),
@@ -82,7 +82,7 @@ def _parts(c: Config, variant: Variant, options: Options) -> stack.Parts:
     width, dtype = c.hidden_size, options.dtype
     parts = {
         "embeddings": lambda rngs: Embeddings(c, variant.first_position, dtype, rngs),
-        "layers": lambda rngs: EncoderLayer(c, options.lora_dropout, dtype, rngs),
+        "layers": lambda rngs: EncoderLayer(c, options, rngs),
         "pooler": lambda rngs: nnx.Dict({"dense": linear(c, width, width, dtype, rngs)}),
     }
     return parts if variant.pooler else {name: parts[name] for name in ("embeddings", "layers")}
@@ -91,7 +91,7 @@ def _parts(c: Config, variant: Variant, options: Options) -> stack.Parts:
 def _apply(
     graphs: dict[str, nnx.GraphDef],
     variant: Variant,
-    dtype: jnp.dtype,
+    options: Options,
     base: dict[str, Any],
     tiers: Sequence[Local],
     batch: Batch,
@@ -99,11 +99,13 @@ def _apply(
 ) -> Float[Array, "C E labels"]:
     x = nnx.merge(graphs["embeddings"], base["embeddings"])(batch)
     bias = attention_bias(batch.segments)
-    x = stack.run_layers(graphs["layers"], base["layers"], tiers, x, bias, dropout=dropout)
+    x = stack.run_layers(
+        graphs["layers"], base["layers"], tiers, x, bias, dropout=dropout, remat=options.remat
+    )
     x = heads.pool(x, batch, variant.pooling)
     if variant.pooler:
         dense = nnx.merge(graphs["pooler"], base["pooler"])["dense"]
-        x = jnp.tanh(dense(x.astype(dtype)).astype(jnp.float32))
+        x = jnp.tanh(dense(x.astype(options.dtype)).astype(jnp.float32))
     return lora.per_client(partial(heads.classify, variant.head), [tier.weights.head for tier in tiers], x)
 
 
@@ -142,22 +144,24 @@ class Embeddings(nnx.Module):
 class EncoderLayer(Layer):
     """Attention and feed-forward, each followed by residual and norm."""
 
-    def __init__(self, c: Config, lora_dropout: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, c: Config, options: Options, rngs: nnx.Rngs):
+        dtype = options.dtype
         norms = ("attention.output.LayerNorm", "output.LayerNorm")
         super().__init__(
             linear={path: linear(c, i, o, dtype, rngs) for path, (i, o) in linear_sizes(c).items()},
             norm={path: layer_norm(c, dtype, rngs) for path in norms},
-            lora_dropout=lora_dropout,
+            lora_dropout=options.lora_dropout,
         )
         self.head_dim = c.hidden_size // c.num_attention_heads
         self.hidden_act = c.hidden_act
+        self.implementation = options.attention
 
     def __call__(
         self, x: Float[Array, "C B L D"], project: Project, bias: Float[Array, "C B 1 L L"]
     ) -> Float[Array, "C B L D"]:
         """One layer for all clients."""
         q, k, v = (project(f"attention.self.{name}", x) for name in ("query", "key", "value"))
-        mixed = project("attention.output.dense", attention(q, k, v, bias, self.head_dim))
-        x = self.norm["attention.output.LayerNorm"](mixed + x)
+        mixed = attention(q, k, v, bias, self.head_dim, implementation=self.implementation)
+        x = self.norm["attention.output.LayerNorm"](project("attention.output.dense", mixed) + x)
         wide = ACTIVATIONS[self.hidden_act](project("intermediate.dense", x))
         return self.norm["output.LayerNorm"](project("output.dense", wide) + x)

@@ -5,7 +5,7 @@ from functools import partial
 from fslora_jax.errors import UserError
 from fslora_jax.models.encoder import Config, Variant, encoder
 from fslora_jax.models.family import Family, Options
-from fslora_jax.models.fields import Fields
+from fslora_jax.models.fields import Fields, check_choice
 from fslora_jax.models.layers import ACTIVATIONS
 from fslora_jax.models.model import Model, Naming
 
@@ -20,6 +20,7 @@ def _bert(
     after_padding: bool,
 ) -> Model:
     """BERT and its kin; ``after_padding`` says that position 0 is the row after ``pad_token_id``."""
+    check_choice("model.task", options.task, ("sequence",))
     fields.require(
         position_embedding_type="absolute",
         is_decoder=False,

@@ -5,40 +5,53 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from fslora_jax.models.attention import ATTENTIONS
+from fslora_jax.models.decoders import DECODERS
 from fslora_jax.models.encoders import ENCODERS
 from fslora_jax.models.family import Family, Options
 from fslora_jax.models.fields import Fields, check_choice
 from fslora_jax.models.model import Model
+from fslora_jax.models.stack import REMAT
 
-FAMILIES: dict[str, Family] = {**ENCODERS}
+FAMILIES: dict[str, Family] = {**ENCODERS, **DECODERS}
 """``model_type`` of Hugging Face -> what it is here."""
 
 
 def build_model(
     config: Mapping[str, Any],
     *,
-    num_labels: int,
-    pooling: str,
+    num_labels: int = 0,
+    pooling: str = "native",
+    task: str = "sequence",
     dtype: str = "float32",
     lora_dropout: float = 0.0,
+    attention: str = "auto",
+    remat: str = "frozen",
 ) -> Model:
     """The model of a ``config.json``, without weights.
 
     Args:
       config: the parsed ``config.json`` of Hugging Face.
-      num_labels: outputs of the head.
+      num_labels: outputs of the head; a language model has none.
       pooling: "mean" over an example's tokens, or "native", what the family's own sequence classifier does.
+      task: "sequence", to classify examples, or "causal", to predict next tokens.
       dtype: of the base and of the forward pass, "float32", "bfloat16" or "float16".
       lora_dropout: rate on the input of each adapter, where ``apply`` is given keys.
+      attention: "xla", "cudnn" (on a GPU, in bfloat16), or "auto", the faster one of the two that can be had.
+      remat: what the backward pass computes anew: "none", all but the products with "frozen" weights, or "full".
 
     Raises:
       UserError: a field is missing or unknown, has the wrong type or a value that is not supported.
     """
     family = find_family(config)
     check_choice("model.pooling", pooling, ("mean", "native"))
+    check_choice("model.task", task, ("sequence", "causal"))
     check_choice("model.dtype", dtype, ("float32", "bfloat16", "float16"))
+    check_choice("model.attention", attention, ATTENTIONS)
+    check_choice("model.remat", remat, REMAT)
     fields = Fields(config)
-    model = family.build(family, fields, Options(num_labels, pooling, jnp.dtype(dtype), lora_dropout))
+    options = Options(task, num_labels, pooling, jnp.dtype(dtype), lora_dropout, attention, remat)
+    model = family.build(family, fields, options)
     fields.finish()
     return model._replace(model_type=config["model_type"])
 

@@ -12,10 +12,13 @@ from fslora_jax.models.model import Model
 class Options(NamedTuple):
     """What a user decides beyond ``config.json``; the fields are those of ``build_model``."""
 
+    task: str
     num_labels: int
     pooling: str
     dtype: jnp.dtype
     lora_dropout: float
+    attention: str
+    remat: str
 
 
 class Family(NamedTuple):

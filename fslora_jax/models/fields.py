@@ -26,25 +26,26 @@ WITHOUT_INFLUENCE = (
 
 
 class Fields:
-    """The fields of one ``config.json``; ``finish`` refuses those that nobody asked for.
+    """The fields of one ``config.json``, or of an object in it; ``finish`` refuses those that nobody asked for.
 
-    >>> fields = Fields({"hidden_size": 16, "use_cache": True})
+    >>> fields = Fields({"hidden_size": 16, "use_cache": True, "head_dim": None})
     >>> fields.read("hidden_size", int), fields.read("head_dim", int, 8)
     (16, 8)
     >>> fields.finish()
     """
 
-    def __init__(self, values: Mapping[str, Any]):
+    def __init__(self, values: Mapping[str, Any], prefix: str = ""):
         if REMOTE_CODE in values:
             raise UserError(
                 f"config.json: {REMOTE_CODE} asks for code from the model's folder, which is never run; "
                 "choose a model that needs none"
             )
         self.values = values
-        self.asked: set[str] = set()
+        self.prefix = prefix
+        self.asked = {"model_type", *WITHOUT_INFLUENCE}
 
     def read(self, name: str, kind: type[T], default: T | None = None, *, zero: bool = False) -> T:
-        """The field's value: a bool, a string, or a positive number (``zero`` admits 0).
+        """The field's value: a bool, a word, an object, or a positive number (``zero`` admits 0).
 
         A field that is missing or null has the default.
 
@@ -55,17 +56,25 @@ class Fields:
         value = self.values.get(name)
         if value is None and default is not None:
             return default
-        if name not in self.values:
-            raise UserError(
-                f"config.json: {name} is missing; expected {kind.__name__}; take the file of the model"
-            )
-        return checked(name, value, kind, zero)
+        self._check_there(name, kind.__name__)
+        return checked(self.prefix + name, value, kind, zero)
+
+    def optional(self, name: str, kind: type[T], *, there: bool = False) -> T | None:
+        """As ``read``, but None where the field is null, or missing unless it must be ``there``."""
+        self.asked.add(name)
+        if there:
+            self._check_there(name, f"{kind.__name__} or null")
+        return None if self.values.get(name) is None else self.read(name, kind)
+
+    def child(self, name: str) -> "Fields | None":
+        """An object inside, to be read as strictly; None where it is missing or null."""
+        values = self.optional(name, dict)
+        return None if values is None else Fields(values, f"{self.prefix}{name}.")
 
     def choose(self, name: str, choices: Iterable[str], default: str | None = None) -> str:
         """A field that is one of several words."""
-        self.asked.add(name)
         value = self.read(name, str, default)
-        check_choice(f"config.json: {name}", value, choices)
+        check_choice(f"config.json: {self.prefix}{name}", value, choices)
         return value
 
     def require(self, **expected: Any) -> None:
@@ -74,20 +83,31 @@ class Fields:
             self.asked.add(name)
             if self.values.get(name) not in (None, value):
                 raise UserError(
-                    f"config.json: {name} is {self.values[name]!r}; expected {value!r}; choose another model"
+                    f"config.json: {self.prefix}{name} is {self.values[name]!r}; expected {value!r}; "
+                    "choose another model"
                 )
 
     def fill(self, form: type[T]) -> T:
         """A NamedTuple whose every attribute is a required field."""
         return form(**{name: self.read(name, kind) for name, kind in get_type_hints(form).items()})
 
-    def finish(self, ignored: Iterable[str] = ()) -> None:
+    def ignore(self, *names: str) -> None:
+        """Fields of this family that change nothing of what is computed here."""
+        self.asked.update(names)
+
+    def finish(self) -> None:
         """Refuses fields that were neither read nor are known to be without influence."""
-        left = sorted(set(self.values) - self.asked - {*WITHOUT_INFLUENCE, *ignored, "model_type"})
+        left = sorted(set(self.values) - self.asked)
         if left:
             raise UserError(
-                f"config.json: {left[0]} is {self.values[left[0]]!r}, a field that "
-                f"{self.values.get('model_type')} is not known to have; expected none such; choose another model"
+                f"config.json: {self.prefix}{left[0]} is {self.values[left[0]]!r}, a field that "
+                "this kind of model is not known to have; choose another model"
+            )
+
+    def _check_there(self, name: str, kind: str) -> None:
+        if name not in self.values:
+            raise UserError(
+                f"config.json: {self.prefix}{name} is missing; expected {kind}; take the file of the model"
             )
 
 

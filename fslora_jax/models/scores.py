@@ -1,11 +1,12 @@
 """What a model's answers are worth: loss and hits of each example."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from fslora_jax.types import Batch, Local, Score
 
@@ -56,6 +57,52 @@ def of_tokens(logits: Float[Array, "C B T V"], batch: Batch) -> Score:
         for x in (losses, logits.argmax(-1) == targets, asked)
     ]
     return Score(*sums, jnp.zeros_like(sums[0]))
+
+
+PIECE_BYTES = 2**28
+"""Next-token logits that exist at a time, roughly, of all clients together."""
+
+
+def score_next(
+    hidden: Callable[..., Float[Array, "C B L D"]],
+    logits: Callable[..., Float[Array, "C B t V"]],
+    base: PyTree,
+    tiers: Sequence[Local],
+    batch: Batch,
+    dropout: Key[Array, " C"] | None = None,
+) -> Score:
+    """The score of a language model on the tokens after ``batch.places``, piece by piece.
+
+    ``hidden(base, tiers, batch, dropout)`` gives the states of all tokens, ``logits(base, states)`` what they
+    predict. The logits of a whole cohort would be far larger than all else, so they are made for some places at
+    a time, and anew in the backward pass.
+    """
+    x = hidden(base, tiers, batch, dropout)
+
+    def piece(places: Int[Array, "C B t"]) -> Score:
+        states = jnp.take_along_axis(x, jnp.maximum(places, 0)[..., None], axis=-2)
+        return of_tokens(logits(base, states), batch._replace(places=places))
+
+    vocab = jax.eval_shape(logits, base, x).shape[-1]
+    pieces = in_pieces(batch.places, max(1, PIECE_BYTES // (4 * vocab * x[:, :, 0, 0].size)))
+    if len(pieces) == 1:
+        return piece(pieces[0])
+    return jax.tree.map(
+        lambda sums: sums.sum(0), jax.lax.map(jax.checkpoint(piece, prevent_cse=False), pieces)
+    )
+
+
+def in_pieces(places: Int[Array, "C B T"], size: int) -> Int[Array, "P C B t"]:
+    """Places cut along T into the fewest equal pieces of at most ``size``, filled up with -1.
+
+    >>> in_pieces(jnp.array([[[4, 5, 6]]]), 2).tolist()
+    [[[[4, 5]]], [[[6, -1]]]]
+    """
+    number = max(1, math.ceil(places.shape[-1] / size))
+    width = math.ceil(places.shape[-1] / number)
+    fill = [(0, 0), (0, 0), (0, number * width - places.shape[-1])]
+    filled = jnp.pad(places, fill, constant_values=-1)
+    return jnp.moveaxis(filled.reshape(*filled.shape[:2], number, width), 2, 0)
 
 
 def _weighted(batch: Batch, *sums: Array) -> Score:

@@ -15,6 +15,17 @@ from fslora_jax.types import Local
 Parts = Mapping[str, Callable[[nnx.Rngs], nnx.Module]]
 """What a base consists of: its top-level keys, with what makes each; "layers" makes one layer of the stack."""
 
+REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "none": lambda step: step,
+    # Keeps the products with frozen weights (dots without batch dimensions) and recomputes the rest: 0.6 of the
+    # memory and less time than keeping it, measured on a CPU.
+    "frozen": partial(
+        jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "full": partial(jax.checkpoint, prevent_cse=False),
+}
+"""What the backward pass of a layer keeps, and what it computes anew."""
+
 
 def graphs(parts: Parts) -> dict[str, nnx.GraphDef]:
     """The structure of each part, to be merged with its weights."""
@@ -44,8 +55,11 @@ def run_layers(
     shared: PyTree,
     each: tuple[PyTree, ...] = (),
     dropout: Key[Array, " C"] | None = None,
+    remat: str = "frozen",
 ) -> Float[Array, "C B L D"]:
     """All layers for all clients; ``shared`` and ``each`` (with a leading axis N) as ``layers.Layer`` has them.
+
+    ``remat`` is a key of ``REMAT``.
 
     Raises:
       UserError: the tiers adapt different modules, or one that a layer does not have.
@@ -54,11 +68,6 @@ def run_layers(
     check_tiers(tiers, nnx.merge(graph, weights).paths)
     own = [_layers_first(tier, x.dtype) for tier in tiers]
 
-    # The backward pass keeps the products with frozen weights (dots without batch dimensions) and recomputes
-    # the rest: 0.6 of the memory and less time than keeping it, measured on a CPU.
-    @partial(
-        jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    )
     def step(
         x: Float[Array, "C B L D"],
         slices: tuple[PyTree, list[dict[str, Any]], tuple[PyTree, ...], Int[Array, ""]],
@@ -68,7 +77,7 @@ def run_layers(
         keys = None if dropout is None else jax.vmap(lambda key: jax.random.fold_in(key, number))(dropout)
         return layer(x, partial(layer.project, own=own, keys=keys), shared, *each), None
 
-    return jax.lax.scan(step, x, (weights, own, each, jnp.arange(count)))[0]
+    return jax.lax.scan(REMAT[remat](step), x, (weights, own, each, jnp.arange(count)))[0]
 
 
 def check_tiers(tiers: Sequence[Local], modules: Sequence[str]) -> None:

@@ -45,13 +45,7 @@ class Source(NamedTuple):
 
 
 def load_model(
-    folder: Path,
-    *,
-    num_labels: int,
-    pooling: str,
-    dtype: str = "float32",
-    lora_dropout: float = 0.0,
-    placement: Placement | None = None,
+    folder: Path, *, placement: Placement | None = None, **options: Any
 ) -> tuple[Model, dict[str, Any]]:
     """The model in a Hugging Face folder, and its base weights.
 
@@ -60,19 +54,14 @@ def load_model(
 
     Args:
       folder: with ``config.json`` and safetensors, or with one ``.gguf`` file.
-      num_labels: as in ``build_model``, and so the next three.
-      pooling: see there.
-      dtype: see there.
-      lora_dropout: see there.
       placement: where each leaf shall live; None is JAX's default device.
+      **options: as in ``build_model``.
 
     Raises:
       UserError: a file is missing or damaged, or a tensor is unknown, missing, doubled or of another shape.
     """
     config, checkpoint = open_folder(folder)
-    model = build_model(
-        config, num_labels=num_labels, pooling=pooling, dtype=dtype, lora_dropout=lora_dropout
-    )
+    model = build_model(config, **options)
     abstract = jax.eval_shape(model.init_base, jax.random.key(0))
     return model, read_base(checkpoint, find_family(config), abstract, placement)
 
