@@ -1,4 +1,4 @@
-"""The command line: ``fslora train | eval | export``."""
+"""The command line: ``fslora train | eval | export | bench``."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ import tyro
 
 from fslora_jax import hub
 from fslora_jax.arguments import option, parse, parse_config
+from fslora_jax.bench.command import bench_command
 from fslora_jax.config import DataConfig, checked
 from fslora_jax.display import TerminalDisplay, print_summary
 from fslora_jax.errors import UserError
@@ -30,6 +31,7 @@ commands:
   train CONFIG.yaml   train, or go on with a run folder that exists; any setting can be overridden
   eval FOLDER         evaluate a run folder or a PEFT adapter
   export RUN          write a PEFT adapter: the global one, or one client's at its own rank
+  bench CONFIG.yaml   time a round against other engines, a Python loop and PyTorch among them
 
 `fslora COMMAND --help` tells more.
 """
@@ -110,7 +112,7 @@ def export_command(argv: Sequence[str]) -> None:
     print(f"PEFT adapter: {args.out}")
 
 
-COMMANDS = {"train": train_command, "eval": eval_command, "export": export_command}
+COMMANDS = {"train": train_command, "eval": eval_command, "export": export_command, "bench": bench_command}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -40,14 +40,14 @@ def write_adapter(
     # PyTorch's loaders ask for the format; the labels have no place in PEFT's config.
     metadata = {"format": "pt", "label_names": json.dumps(list(label_names))}
     with fresh_folder(folder, CONFIG) as fresh:
-        save_file(dict(_tensors(adapter, head, naming)), fresh / WEIGHTS, metadata=metadata)
+        save_file(dict(named_tensors(adapter, head, naming)), fresh / WEIGHTS, metadata=metadata)
         _order_metadata(fresh / WEIGHTS)
         (fresh / CONFIG).write_text(config.dump(), encoding="utf-8")
         (fresh / CARD).write_text(model_card(naming, config, label_names), encoding="utf-8")
         read_adapter(fresh)  # what cannot be read is not left behind
 
 
-def _tensors(adapter: Adapter, head: Head, naming: Naming) -> Iterator[tuple[str, np.ndarray]]:
+def named_tensors(adapter: Adapter, head: Head, naming: Naming) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor under the name, and in the orientation, that PEFT itself writes."""
     for module, pair in adapter.items():
         for layer, (a, b) in enumerate(zip(*map(np.asarray, pair), strict=True)):

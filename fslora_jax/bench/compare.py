@@ -1,0 +1,151 @@
+"""Runs engines in turn on the same round and compares them by paired ratios."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fslora_jax.config import Config, dump_config
+from fslora_jax.errors import UserError
+
+VERSIONS = ("fslora_jax", "jax", "jaxlib", "flax", "torch", "transformers", "peft", "drjax")
+
+
+class Worker:
+    """An engine in its own process, which does nothing between two commands."""
+
+    def __init__(self, engine: str, config: Path, device: str | None):
+        platforms = {None: {}, "gpu": {"JAX_PLATFORMS": "cuda"}}.get(device, {"JAX_PLATFORMS": device or ""})
+        settings = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TRANSFORMERS_VERBOSITY": "error"}
+        if device == "cpu":
+            settings["CUDA_VISIBLE_DEVICES"] = ""  # for torch
+        self.engine = engine
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fslora_jax.bench.worker", engine, str(config)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | settings | platforms,
+        )
+
+    def answer(self) -> dict[str, Any]:
+        """What the process says next.
+
+        Raises:
+          UserError: it reports bad input, or has died.
+        """
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise UserError(
+                f"engine {self.engine!r} died (exit code {self._process.wait()}); its last words are above"
+            )
+        said = json.loads(line)
+        if "error" in said:
+            raise UserError(said["error"])
+        return said
+
+    def ask(self, command: str) -> dict[str, Any]:
+        """Sends a command and waits for its answer."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(command + "\n")
+        self._process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+
+@contextmanager
+def started(engines: Sequence[str], config: Config, device: str | None) -> Iterator[dict[str, Worker]]:
+    """The engines' processes, one after another, so that their start does not disturb a measurement."""
+    with ExitStack() as stack:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "config.yaml"
+        path.write_text(dump_config(config), encoding="utf-8")
+        workers = {}
+        for engine in engines:
+            workers[engine] = Worker(engine, path, device)
+            stack.callback(workers[engine].close)
+        yield workers
+
+
+def compare(
+    config: Config, engines: Sequence[str], *, repeats: int, device: str | None, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """Compiles every engine, then times them in turn ``repeats`` times.
+
+    Returns a JSON-able record: for each engine seconds of every repetition, seconds of compilation, tokens and clients
+    per second, peak bytes, the part of the machine's best matrix-product rate; and the median of the paired
+    ratios of each engine's time to the first one's.
+    """
+    with started(engines, config, device) as workers:
+        facts, first, seconds = {}, {}, {engine: [] for engine in engines}
+        for engine, worker in workers.items():
+            tell(f"{engine}: loading and compiling")
+            facts[engine] = worker.answer()
+            first[engine] = worker.ask("run")["seconds"]
+        rates = []
+        for n in range(repeats):
+            rates.append(workers[engines[0]].ask("rate")["flops_per_second"])
+            for engine, worker in workers.items():
+                tell(f"repetition {n + 1} of {repeats}: {engine}")
+                seconds[engine].append(worker.ask("run")["seconds"])
+        peaks = {engine: worker.ask("peak")["peak_bytes"] for engine, worker in workers.items()}
+    work, rate = facts[engines[0]]["work"], max(rates)
+    rows = {}
+    for engine in engines:
+        typical = float(np.median(seconds[engine]))
+        ratios = np.array(seconds[engine]) / np.array(seconds[engines[0]])
+        rows[engine] = {
+            "seconds": seconds[engine],
+            "compile_seconds": max(first[engine] - typical, 0.0),
+            "tokens_per_second": work["tokens"] / typical,
+            "clients_per_second": work["clients"] / typical,
+            "peak_bytes": peaks[engine],
+            "of_best_matmul": work["flops"] / typical / rate,
+            f"time_over_{engines[0]}": float(np.median(ratios)),
+        }
+    return {"machine": machine(), "work": work, "best_matmul_flops_per_second": rate, "engines": rows}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on: processor, cores, system, versions."""
+    found = {}
+    for package in VERSIONS:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": found,
+    }
+
+
+def processor() -> str:
+    """The processor's name as Linux knows it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )

@@ -1,0 +1,140 @@
+"""The engines under comparison: each builds a function that does round 0 of a config from the same state.
+
+| name            | what it is                                                                               |
+|-----------------|------------------------------------------------------------------------------------------|
+| `tiered`        | this package: the whole round in one program, clients of one rank in one tier             |
+| `masked`        | the same with every client at the global rank                                             |
+| `unchunked`     | `tiered` with the whole cohort at once                                                     |
+| `loop`          | the same round as a Python loop over clients, one compiled program for each rank          |
+| `drjax`         | the same clients under DrJAX's map and reduce (arXiv 2403.07128), all at the global rank  |
+| `torch`         | PyTorch + PEFT, one client after another, batches padded to their longest example         |
+| `torch-padded`  | the same, padded to `data.max_length`, as the method's authors do                         |
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from fslora_jax.backend import compiler_options
+from fslora_jax.bench.torch_loop import torch_engine
+from fslora_jax.config import Config
+from fslora_jax.errors import UserError
+from fslora_jax.federation.cohort import plan_layout
+from fslora_jax.federation.feed import make_cohort
+from fslora_jax.federation.local import train
+from fslora_jax.federation.loop import cohort_of, compile_round
+from fslora_jax.federation.round import base_keys
+from fslora_jax.federation.setup import Federation, initial_server
+from fslora_jax.methods import Server
+
+Round = Callable[[], object]
+"""Does one round and waits for its end; the first call also compiles."""
+
+
+def with_layout(
+    config: Config, federation: Federation, *, tiered: bool, chunks: int
+) -> tuple[Config, Federation]:
+    """The same federation with another layout of the cohort."""
+    population, lanes = federation.task.population, federation.layout.lanes
+    devices = lanes // config.federation.cohort_chunks
+    layout = plan_layout(
+        population.ranks, federation.cohorts, r=federation.spec.r, lanes=devices * chunks, tiered=tiered
+    )
+    changed = config.federation.model_copy(update={"cohort_chunks": chunks})
+    return config.model_copy(update={"federation": changed}), federation._replace(layout=layout)
+
+
+def compiled(config: Config, federation: Federation, *, tiered: bool, chunks: int | None = None) -> Round:
+    """This package's round."""
+    chunks = config.federation.cohort_chunks if chunks is None else chunks
+    config, federation = with_layout(config, federation, tiered=tiered, chunks=chunks)
+    server, keys = initial_server(config, federation), base_keys(config.seed, federation.mesh)
+    programs = []
+
+    def one_round() -> Server:
+        cohort = cohort_of(config, federation, 0)
+        if not programs:
+            programs.append(compile_round(config, federation, server, keys, cohort)[0])
+        return jax.block_until_ready(programs[0](federation.task.base, server, keys, cohort)[0])
+
+    return one_round
+
+
+def python_loop(config: Config, federation: Federation) -> Round:
+    """A Python loop over clients: download, compiled local steps, upload; then one update."""
+    method, population = federation.method, federation.task.population
+    server, keys = initial_server(config, federation), base_keys(config.seed, federation.mesh)
+    sketch_key = jax.random.fold_in(keys.sketch, 0)
+    local_steps = partial(train, federation.task.model.score, federation.optimizer)
+    steps = jax.jit(local_steps, compiler_options=compiler_options())
+    download = jax.jit(method.download, static_argnums=3)
+    add = jax.jit(lambda total, more: jax.tree.map(jnp.add, total, more))
+    combine = jax.jit(
+        lambda before, after, weight: method.combine([jax.vmap(method.upload)(before, after)], [weight])
+    )
+    update = jax.jit(method.update)
+
+    def one_round() -> Server:
+        total = None
+        for client in federation.cohorts[0]:
+            k = int(population.ranks[client])
+            layout = federation.layout._replace(caps=(k,), lanes=1)
+            alone = make_cohort(
+                population, federation.steps, layout, client[None], 0, shape=federation.shape, chunks=1
+            )
+            who, batches = jax.tree.map(lambda x: x[0, 0], alone)
+            one = jax.tree.map(lambda x: x[0], who)
+            given = jax.tree.map(
+                lambda x: x[None], download(jax.random.fold_in(sketch_key, int(client)), server, one, k)
+            )
+            after, _ = steps(federation.task.base, [given], batches, jnp.int32(0), None)
+            share = jnp.float32(1 / len(federation.cohorts[0]))[None]
+            payload = combine(given, after[0], share)
+            total = payload if total is None else add(total, payload)
+        return jax.block_until_ready(update(server, total))
+
+    return one_round
+
+
+def drjax_map(config: Config, federation: Federation) -> Round:
+    """The clients as DrJAX's map, their uploads through its reduce; shapes must be equal, so all have rank r."""
+    try:
+        import drjax
+    except ImportError:
+        raise UserError("engine 'drjax': drjax is not installed; pip install 'fslora_jax[bench]'") from None
+    config, federation = with_layout(config, federation, tiered=False, chunks=1)
+    method, base = federation.method, federation.task.base
+    server, keys = initial_server(config, federation), base_keys(config.seed, federation.mesh)
+    cohort = jax.tree.map(lambda x: x[0, 0], cohort_of(config, federation, 0))
+    sketch_key = jax.random.fold_in(keys.sketch, 0)
+    local_steps = partial(train, federation.task.model.score, federation.optimizer)
+
+    @drjax.program(placements={"clients": len(federation.cohorts[0])})
+    def program(base, server, clients, batches):
+        def one_client(base, server, client, batch):
+            given = method.download(
+                jax.random.fold_in(sketch_key, client.id), server, client, federation.spec.r
+            )
+            given, batch = jax.tree.map(lambda x: x[None], (given, batch))
+            (after,), _ = local_steps(base, [given], batch, jnp.int32(0), None)
+            return method.combine([jax.vmap(method.upload)(given, after)], [client.weight[None]])
+
+        shared = drjax.broadcast((base, server))
+        uploads = drjax.map_fn(one_client, (*shared, clients, batches))
+        return method.update(server, drjax.reduce_sum(uploads))
+
+    step = jax.jit(program, compiler_options=compiler_options())
+    return lambda: jax.block_until_ready(step(base, server, *cohort))
+
+
+ENGINES: dict[str, Callable[[Config, Federation], Round]] = {
+    "tiered": partial(compiled, tiered=True),
+    "masked": partial(compiled, tiered=False),
+    "unchunked": partial(compiled, tiered=True, chunks=1),
+    "loop": python_loop,
+    "drjax": drjax_map,
+    "torch": partial(torch_engine, pad_to_max=False),
+    "torch-padded": partial(torch_engine, pad_to_max=True),
+}

@@ -1,0 +1,103 @@
+"""All engines of the benchmark do the same round."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from fslora_jax.adapters.write import named_tensors
+from fslora_jax.bench.compare import compare
+from fslora_jax.bench.engines import ENGINES
+from fslora_jax.bench.work import work_of
+from fslora_jax.config import make_config
+from fslora_jax.federation.setup import initial_server, set_up
+
+PLAIN = {"lora__lora_dropout": 0.0, "federation__clients_per_round": None, "server_optimizer": {}}
+"""What every engine can do."""
+
+
+def prepare(world, **changes):
+    config = make_config(runs.settings(world, **PLAIN, **changes), "test")
+    return config, set_up(config)
+
+
+@pytest.fixture(scope="module")
+def tiered(world):
+    config, federation = prepare(world, federation__cohort_chunks=2)
+    return config, federation, ENGINES["tiered"](config, federation)().weights
+
+
+@pytest.mark.filterwarnings("ignore:jax.interpreters.pxla.thread_resources:DeprecationWarning")  # drjax 0.2's
+@pytest.mark.parametrize("engine", ["masked", "unchunked", "loop", "drjax"])
+def test_engines_in_jax_do_the_same_round(tiered, engine):
+    config, federation, expected = tiered
+    found = ENGINES[engine](config, federation)().weights
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["torch", "torch-padded"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_torch_does_the_same_round_where_nothing_is_random(world, engine, optimizer):
+    """At ratio 1 every client draws every component."""
+    changes = {
+        "federation__sketching_ratios": [1.0],
+        "client_optimizer": {
+            "name": optimizer,
+            "learning_rate": 0.02,
+            "head_learning_rate": 0.1,
+            "eps": 1e-3,
+        },
+    }
+    config, federation = prepare(world, **changes)
+    before = initial_server(config, federation).weights
+    after = ENGINES["tiered"](config, federation)().weights
+    change = jax.device_get(jax.tree.map(lambda a, b: a - b, after, before))
+    expected = dict(named_tensors(change.adapter, change.head, federation.task.model.naming))
+    found = ENGINES[engine](config, federation)()
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert abs(value).max() > 1e-4
+        np.testing.assert_allclose(found[name].numpy(), value, atol=2e-5, err_msg=name)
+
+
+def test_work_counts_real_tokens_and_the_models_products(world):
+    config, federation = prepare(world)
+    work, population = work_of(federation), federation.task.population
+    assert work.clients == 5
+    assert work.examples == 5 * 2 * 4
+    assert work.examples < work.tokens < work.examples * config.data.max_length
+    d, wide, layers = 16, 24, 2
+    frozen = 2 * 2 * (4 * d * d + 2 * d * wide) * layers * work.tokens
+    assert frozen < work.flops < 2 * frozen
+    assert len(population.ranks) == 5
+
+
+def test_a_comparison_takes_turns_in_processes_of_their_own(world):
+    config, _ = prepare(world)
+    told = []
+    record = compare(config, ["tiered", "loop"], repeats=2, device="cpu", tell=told.append)
+    assert json.loads(json.dumps(record)) == record
+    assert set(record["engines"]) == {"tiered", "loop"}
+    for row in record["engines"].values():
+        assert len(row["seconds"]) == 2
+        assert row["peak_bytes"] > 1e7
+    assert record["engines"]["tiered"]["time_over_tiered"] == 1.0
+    assert [text.split(": ")[1] for text in told[2:]] == ["tiered", "loop"] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--engines tired", "--engines: unknown engine 'tired'; did you mean tiered?"),
+        ("--repeats 0", "--repeats: found 0, expected at least 1"),
+        ("--model.name nowhere/at-all --engines tiered", "was found nowhere"),
+    ],
+)
+def test_bad_input(world, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        runs.call(world, "bench", world.config, *arguments.split())
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
