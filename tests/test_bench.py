@@ -38,15 +38,16 @@ def test_engines_in_jax_do_the_same_round(tiered, engine):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("engine", ["torch", "torch-padded"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_torch_does_the_same_round_where_nothing_is_random(world, engine, optimizer):
+@pytest.mark.parametrize(
+    ("engine", "optimizer", "rate"), [("torch", "sgd", 1.0), ("torch-padded", "adamw", 0.02)]
+)
+def test_torch_does_the_same_round_where_nothing_is_random(world, engine, optimizer, rate):
     """At ratio 1 every client draws every component."""
     changes = {
         "federation__sketching_ratios": [1.0],
         "client_optimizer": {
             "name": optimizer,
-            "learning_rate": 0.02,
+            "learning_rate": rate,
             "head_learning_rate": 0.1,
             "eps": 1e-3,
         },
@@ -59,8 +60,9 @@ def test_torch_does_the_same_round_where_nothing_is_random(world, engine, optimi
     found = ENGINES[engine](config, federation)()
     assert set(found) == set(expected)
     for name, value in expected.items():
-        assert abs(value).max() > 1e-4
-        np.testing.assert_allclose(found[name].numpy(), value, atol=2e-5, err_msg=name)
+        largest = abs(value).max()
+        assert largest > 1e-4
+        np.testing.assert_allclose(found[name].numpy(), value, atol=2e-3 * largest, err_msg=name)
 
 
 def test_work_counts_real_tokens_and_the_models_products(world):
