@@ -108,8 +108,9 @@ def wrapped_model(config: Config, federation: Federation, device: str) -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning)  # names in transformers that PEFT still uses
     model = None
     for k in sorted({int(k) for k in task.population.ranks[federation.cohorts[0]]}):
-        said = client_config(whole, federation.spec, task.model, k).model_dump(mode="json")
-        lora = peft.LoraConfig(**said | {"inference_mode": False})
+        said = client_config(whole, federation.spec, task.model, k)
+        fields: dict[str, Any] = said.model_dump(mode="json") | {"inference_mode": False}
+        lora = peft.LoraConfig(**fields)
         if model is None:
             model = peft.get_peft_model(base, lora, adapter_name=f"rank_{k}")
         else:

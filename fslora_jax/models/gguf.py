@@ -93,7 +93,7 @@ def _tensor(name: str, stored: Stored, config: dict[str, Any]) -> Tensor:
     full = f"{prefix}{MODULES[module]}.{leaf}" if module in MODULES else name
     heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(module)
     fits = heads is not None and stored.shape[0] == config[heads] * config["head_dim"]
-    order = half_rotation_rows(stored.shape[0], config[heads]) if fits else None
+    order = half_rotation_rows(stored.shape[0], config[heads]) if heads and fits else None
     return Tensor(stored.path, full, stored.shape, stored.kind, partial(_read, stored, order))
 
 

@@ -56,7 +56,8 @@ def of_tokens(logits: Float[Array, "C B T V"], batch: Batch) -> Score:
         jnp.einsum("cbt,cbte->ce", x.astype(losses.dtype), mine)
         for x in (losses, logits.argmax(-1) == targets, asked)
     ]
-    return Score(*sums, jnp.zeros_like(sums[0]))
+    loss, correct, count = sums
+    return Score(loss, correct, count, jnp.zeros_like(loss))
 
 
 PIECE_BYTES = 2**28

@@ -14,7 +14,7 @@ from fslora_jax.models.families import build_model, find_family
 from fslora_jax.models.family import Family
 from fslora_jax.models.gguf import open_gguf
 from fslora_jax.models.model import Model
-from fslora_jax.tensors import Checkpoint, Slices, Tensor, find_gguf, open_checkpoint, read_object
+from fslora_jax.tensors import Checkpoint, Tensor, find_gguf, open_checkpoint, read_object
 
 Placement = Callable[[str, tuple[int, ...]], Sharding]
 """Where a base leaf shall live, by its path (``layers/linear/attention.self.query/kernel``) and shape."""
@@ -96,7 +96,7 @@ def _place(
     """One leaf on its devices; those that hold the same slice share one reading."""
     held: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
-    def read(index: Slices) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         ranges = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True))
         if ranges not in held:
             held[ranges] = _read(parts, ranges, leaf.dtype)
@@ -116,7 +116,7 @@ def _read(
     if parts[0][0].layer is None:
         targets = [out]
     else:
-        (first, last), *ranges = ranges
+        (first, last), ranges = ranges[0], ranges[1:]
         parts, targets = parts[first:last], list(out)
     for (source, tensor), target in zip(parts, targets, strict=True):
         if source.transpose:
