@@ -135,6 +135,17 @@ class FederationConfig(Section):
     """Parts in which each device works through its clients, one after another, to save memory."""
 
 
+class MeshConfig(Section):
+    """How a run spreads over devices; the product of the three is their number. It changes no result."""
+
+    clients: Literal[-1] | Count = -1
+    """Groups of devices that train different clients; -1 takes all devices that fsdp and tensor leave."""
+    fsdp: Count = 1
+    """Devices of a group that share out the base weights and the rows of a batch."""
+    tensor: Count = 1
+    """Devices of a group that share out attention heads and features."""
+
+
 class ClientOptimizerConfig(Section):
     """The optimiser of the local steps; its state starts afresh in every round."""
 
@@ -201,6 +212,7 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     partition: PartitionConfig = PartitionConfig()
     federation: FederationConfig = FederationConfig()
+    mesh: MeshConfig = MeshConfig()
     client_optimizer: ClientOptimizerConfig = ClientOptimizerConfig()
     server_optimizer: ServerOptimizerConfig = ServerOptimizerConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0

@@ -83,7 +83,10 @@ def _entries(folder: Path) -> list[Path]:
 
 def _check_same(run_dir: Path, config: Config) -> None:
     old, new = (_flat(yaml.safe_load(dump_config(c))) for c in (load_config(run_dir / CONFIG), config))
-    different = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    names = (
+        name for name in {**old, **new} if not name.startswith("mesh.")
+    )  # a run may go on on other devices
+    different = [name for name in names if old.get(name) != new.get(name)]
     if different:
         name = different[0]
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""

@@ -21,10 +21,11 @@ from safetensors.numpy import save_file
 from fslora_jax.federation.cohort import plan_layout
 from fslora_jax.federation.feed import make_cohort
 from fslora_jax.federation.local import ClientOptimizer
-from fslora_jax.federation.round import CLIENTS, base_keys, shardings
+from fslora_jax.federation.round import base_keys
 from fslora_jax.methods import METHODS, Method, Server, fedit
 from fslora_jax.models import build_model, weights
 from fslora_jax.models.families import find_family
+from fslora_jax.sharding import CLIENTS, replicated
 
 BERT = {
     "model_type": "bert",
@@ -76,7 +77,7 @@ def program(slots: int, method: Method, optimizer: ClientOptimizer) -> str:
     ids = np.arange(clients)
     layout = plan_layout(population.ranks, [ids], r=toy.R, lanes=8, tiered=True)
     cohort = make_cohort(population, toy.STEPS, layout, ids, 0, shape=toy.SHAPE, chunks=1, mesh=mesh)
-    server, base = jax.device_put((toy.start(method), toy.BASE), shardings(mesh)[0])
+    server, base = jax.device_put((toy.start(method), toy.BASE), replicated(mesh))
     one_round = toy.compiled_round(method, optimizer, layout, 0.0, mesh)
     return one_round.lower(base, server, base_keys(5, mesh), cohort).compile().as_text()
 

@@ -41,10 +41,11 @@ def finish(processes: list[subprocess.Popen]) -> None:
     assert codes == [0] * len(codes), "\n".join(outputs)
 
 
-def test_eight_devices():
+@pytest.mark.parametrize("module", ["on_devices.py", "on_meshes.py"])
+def test_eight_devices(module):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     options = ["-p", "no:cacheprovider", "-p", "no:xdist", "--noconftest"]
-    finish([start("-m", "pytest", *options, str(HERE / "on_devices.py"), XLA_FLAGS=flags)])
+    finish([start("-m", "pytest", *options, str(HERE / module), XLA_FLAGS=flags)])
 
 
 @pytest.mark.parametrize(("processes", "devices"), [(2, 2)])

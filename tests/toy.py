@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import oracle
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from fslora_jax import lora
 from fslora_jax.data.batches import BatchShape
@@ -17,9 +17,10 @@ from fslora_jax.data.tokens import TokenStore
 from fslora_jax.federation.cohort import Layout, plan_layout
 from fslora_jax.federation.feed import Population, Steps, make_cohort
 from fslora_jax.federation.local import ClientOptimizer, ScoreFn
-from fslora_jax.federation.round import CLIENTS, base_keys, make_round, shardings
+from fslora_jax.federation.round import base_keys, make_round
 from fslora_jax.methods import Method, Server, Spec, fslora
 from fslora_jax.models.scores import score_labels
+from fslora_jax.sharding import client_groups, make_mesh, replicated
 from fslora_jax.types import Batch, Local, Trainable
 
 D, F, VOCAB, LABELS, LAYERS, R = 5, 7, 11, 3, 2, 6
@@ -154,10 +155,9 @@ def start(method: Method) -> Server:
     return server._replace(weights=Trainable(adapter, head))
 
 
-def mesh_of(devices: int) -> Mesh:
+def mesh_of(clients: int, fsdp: int = 1, tensor: int = 1) -> Mesh | None:
     """A mesh over the first devices of the machine."""
-    chosen = np.array(jax.devices()[:devices])
-    return Mesh(chosen, (CLIENTS,), axis_types=(AxisType.Auto,))
+    return make_mesh(clients, fsdp, tensor, jax.devices()[: clients * fsdp * tensor])
 
 
 @cache
@@ -199,13 +199,13 @@ def play(
     seed: int = 5,
 ) -> Played:
     """Plays one round for each cohort with the package's compiled round."""
-    lanes = chunks * (1 if mesh is None else mesh.size)
+    lanes = chunks * client_groups(mesh)
     if layout is None:
         layout = plan_layout(population.ranks, cohorts, r=R, lanes=lanes, tiered=tiered)
     one_round = compiled_round(method, optimizer, layout, dropout, mesh)
     first = start(method) if server is None else server
     keys = base_keys(seed, mesh)
-    base, server = jax.device_put((BASE, first), shardings(mesh)[0])
+    base, server = jax.device_put((BASE, first), replicated(mesh))
     servers, losses = [server], {}
     for t, ids in enumerate(cohorts):
         cohort = make_cohort(population, STEPS, layout, ids, t, shape=SHAPE, chunks=chunks, mesh=mesh)

@@ -11,8 +11,9 @@ from jaxtyping import Int
 from fslora_jax.data.batches import FILLER, BatchShape, make_batch, shape_for, stream
 from fslora_jax.data.tokens import TokenStore
 from fslora_jax.federation.cohort import EMPTY, Layout, place
-from fslora_jax.federation.round import Cohort, shardings
+from fslora_jax.federation.round import Cohort
 from fslora_jax.methods import Client
+from fslora_jax.sharding import groups_here, over_clients
 
 
 class Population(NamedTuple):
@@ -105,21 +106,21 @@ def make_cohort(
     chunks: int,
     mesh: Mesh | None = None,
 ) -> Cohort:
-    """The arrays of a round's cohort; every process builds and places only what its own devices train."""
+    """The arrays of a round's cohort; every process builds only what its own devices train."""
     lanes = place(ids, population.ranks, layout)
     taken = lanes != EMPTY
     shares = np.where(taken, population.shares[lanes], 0.0)
     ranks = np.where(taken, population.ranks[lanes], 1)
     weights = shares / shares.sum()
     clients = Client._make((lanes.astype(np.int32), ranks.astype(np.int32), weights.astype(np.float32)))
-    by_device = jax.tree.map(lambda x: x.reshape(layout.lanes // chunks, chunks, -1), clients)
-    if mesh is not None:
-        here = [d.process_index == jax.process_index() for d in mesh.devices.flat]
-        by_device = jax.tree.map(lambda x: x[here], by_device)
-    chosen = local_examples(population, steps, by_device.id, round)
+    groups, here = layout.lanes // chunks, slice(None) if mesh is None else groups_here(mesh)
+    mine = jax.tree.map(lambda x: x.reshape(groups, chunks, -1)[here], clients)
+    chosen = local_examples(population, steps, mine.id, round)
     batches = make_batch(population.store, population.labels, chosen, shape, steps.packing)
-    cohort = Cohort(by_device, batches)
-    if mesh is None:
+    cohort = Cohort(mine, batches)
+    sharding = over_clients(mesh)
+    if sharding is None:
         return jax.device_put(cohort)
-    sharding = shardings(mesh)[1]
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), cohort)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, x, (groups, *x.shape[1:])), cohort
+    )

@@ -21,12 +21,13 @@ from fslora_jax.evaluate import gather, make_evaluation, measure
 from fslora_jax.federation.cohort import EMPTY
 from fslora_jax.federation.feed import make_cohort
 from fslora_jax.federation.results import write_global
-from fslora_jax.federation.round import Cohort, Keys, base_keys, make_round, shardings
+from fslora_jax.federation.round import Cohort, Keys, base_keys, make_round
 from fslora_jax.federation.setup import Federation, initial_server, set_up
 from fslora_jax.log import JsonLines, Logger, open_loggers, read_records
 from fslora_jax.methods import Server, Traffic, traffic
 from fslora_jax.random import Purpose, device_key
 from fslora_jax.rundir import open_run, read_summary, write_summary
+from fslora_jax.sharding import replicated
 
 
 class Display(Protocol):
@@ -80,7 +81,7 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
     loggers = open_loggers(config.loggers, run_dir, kept)
     clock = JsonLines(run_dir / "timings.jsonl", kept)
     keys = base_keys(config.seed, mesh)
-    test = jax.device_put(federation.task.test, shardings(mesh)[0])
+    test = jax.device_put(federation.task.test, replicated(mesh))
     evaluation = make_evaluation(federation.task.model.score, federation.spec)
 
     def evaluate(server: Server) -> dict[str, float]:

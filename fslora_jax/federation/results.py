@@ -9,7 +9,7 @@ from fslora_jax.adapters.read import check_fits, read_adapter
 from fslora_jax.adapters.spec import adapter_config, client_config
 from fslora_jax.adapters.write import write_adapter
 from fslora_jax.checkpoint import Checkpoints
-from fslora_jax.config import Config, DataConfig
+from fslora_jax.config import Config, DataConfig, MeshConfig
 from fslora_jax.errors import UserError
 from fslora_jax.evaluate import gather, make_evaluation, measure
 from fslora_jax.federation.client import train_client
@@ -35,7 +35,7 @@ def load_round(run_dir: Path, round: int | None) -> tuple[Config, Federation, Se
     wanted = saved[-1] if round is None and saved else round
     if wanted not in saved:
         raise UserError(f"{run_dir}: no checkpoint of round {wanted}; there are {saved or 'none yet'}")
-    federation = set_up(config)
+    federation = set_up(config.model_copy(update={"mesh": MeshConfig()}))  # on the devices that are here
     server = checkpoints.restore(wanted, initial_server(config, federation))
     checkpoints.close()
     return config, federation, server

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Key, PyTree
 
@@ -13,10 +13,8 @@ from fslora_jax.federation.cohort import Layout
 from fslora_jax.federation.local import ClientOptimizer, ScoreFn, train
 from fslora_jax.methods import Client, Method, Server
 from fslora_jax.random import Purpose, device_key
+from fslora_jax.sharding import CLIENTS, replicated, whole
 from fslora_jax.types import Batch
-
-CLIENTS = "clients"
-"""The mesh axis over which a cohort is spread."""
 
 
 class Keys(NamedTuple):
@@ -32,11 +30,11 @@ def base_keys(seed: int, mesh: Mesh | None = None) -> Keys:
     def make() -> Keys:
         return Keys(device_key(seed, Purpose.SKETCH), device_key(seed, Purpose.DROPOUT))
 
-    return jax.jit(make, out_shardings=shardings(mesh)[0])()
+    return jax.jit(make, out_shardings=replicated(mesh))()
 
 
 class Cohort(NamedTuple):
-    """The clients of one round in their slots; leaves ``(devices, chunks, slots, ...)``."""
+    """The clients of one round in their slots; leaves ``(groups, chunks, slots, ...)``."""
 
     clients: Client
     batches: Batch
@@ -51,11 +49,12 @@ def make_round(
     local_steps: int,
     dropout: bool = False,
     mesh: Mesh | None = None,
-) -> Callable[[PyTree, Server, Keys, Cohort], tuple[Server, Float[Array, "devices chunks slots H"]]]:
+) -> Callable[[PyTree, Server, Keys, Cohort], tuple[Server, Float[Array, "groups chunks slots H"]]]:
     """The round ``(base, server, keys, cohort) -> (server, losses)``; ``jax.jit`` makes it one program.
 
-    Ranks, clients, seeds and data are arguments: one executable serves every round of a run. On a mesh every device
-    runs its own clients and the devices meet in one sum; base weights and server are replicated.
+    Ranks, clients, seeds and data are arguments: one executable serves every round of a run. On a mesh every group of
+    devices along ``clients`` runs its own clients, and the groups meet in one sum; how the devices of one group share
+    the work is the compiler's affair, led by the shardings of the base and of the model's activations.
     """
 
     def of_clients(base: PyTree, server: Server, keys: Keys, cohort: Cohort):
@@ -76,13 +75,15 @@ def make_round(
             start += count
         first_step = server.round * local_steps
         after, losses = train(score, optimizer, base, given, batches, first_step, dropout_keys)
+        # Without it the TPU compiler trains twice, once for the adapters and once for the heads.
+        after, losses = jax.lax.optimization_barrier((after, losses))
         payloads = [jax.vmap(method.upload)(b, a) for b, a in zip(given, after, strict=True)]
         return method.combine(payloads, weights), losses
 
-    def of_device(base: PyTree, server: Server, keys: Keys, cohort: Cohort):
+    def of_group(base: PyTree, server: Server, keys: Keys, cohort: Cohort):
         chunks = jax.tree.map(lambda x: x[0], cohort)
         first = jax.tree.map(lambda x: x[0], chunks)
-        # A device's own copy: gradients at replicated weights would be summed over the devices.
+        # A group's own copy: gradients at replicated weights would be summed over the groups.
         own = server if mesh is None else jax.lax.pcast(server, CLIENTS, to="varying")
         shapes = jax.eval_shape(of_clients, base, own, keys, first)[0]
         nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -95,18 +96,15 @@ def make_round(
 
         combined, losses = jax.lax.scan(chunk, nothing, chunks)
         if mesh is not None:
-            combined = jax.lax.psum(combined, CLIENTS)  # the only line where devices meet
-        return method.update(server, combined), losses[None]
+            combined = jax.lax.psum(combined, CLIENTS)  # the only line where groups meet
+        return whole(method.update(server, combined)), losses[None]
 
     if mesh is None:
-        return of_device
+        return of_group
     return jax.shard_map(
-        of_device, mesh=mesh, in_specs=(P(), P(), P(), P(CLIENTS)), out_specs=(P(), P(CLIENTS))
+        of_group,
+        mesh=mesh,
+        axis_names={CLIENTS},
+        in_specs=(P(), P(), P(), P(CLIENTS)),
+        out_specs=(P(), P(CLIENTS)),
     )
-
-
-def shardings(mesh: Mesh | None) -> tuple[NamedSharding | None, NamedSharding | None]:
-    """Where (replicated values, per-client values) live on a mesh."""
-    if mesh is None:
-        return None, None
-    return NamedSharding(mesh, P()), NamedSharding(mesh, P(CLIENTS))

@@ -1,5 +1,6 @@
 """From a config to everything a run needs: model, data, clients, method, optimisers, the shape of the cohort."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +21,10 @@ from fslora_jax.errors import UserError
 from fslora_jax.federation.cohort import Layout, plan_layout, sample_cohort
 from fslora_jax.federation.feed import Population, Steps, best_row_length, plan_shape
 from fslora_jax.federation.local import ClientOptimizer
-from fslora_jax.federation.round import CLIENTS, shardings
 from fslora_jax.methods import METHODS, Method, Server, Spec
 from fslora_jax.models import Model, load_model
 from fslora_jax.random import Purpose, device_key, host_rng
+from fslora_jax.sharding import base_sharding, client_groups, make_mesh, replicated
 from fslora_jax.types import Batch
 
 EVAL_EXAMPLES = 64
@@ -56,7 +57,6 @@ class Federation(NamedTuple):
 
 def load_task(config: Config, mesh: Mesh | None) -> Task:
     """Finds, reads and tokenises what the config names, and divides it among the clients."""
-    everywhere = shardings(mesh)[0]
     folder = hub.resolve_model(config.model.name)
     train, test = load_examples(config.data, config.seed)
     model, base = load_model(
@@ -67,7 +67,7 @@ def load_task(config: Config, mesh: Mesh | None) -> Task:
         lora_dropout=config.lora.lora_dropout,
         attention=config.model.attention,
         remat=config.model.remat,
-        placement=None if everywhere is None else lambda _path, _shape: everywhere,
+        placement=None if mesh is None else partial(base_sharding, mesh),
     )
     partition = divide(config, train)
     sizes = np.array([len(share) for share in partition], float)
@@ -182,30 +182,24 @@ def scale_head(factor: float) -> optax.GradientTransformation:
     return optax.stateless(scale)
 
 
-def make_mesh() -> Mesh | None:
-    """All devices of all processes in one axis of clients; none where there is only one."""
-    if jax.device_count() == 1:
-        return None
-    return jax.make_mesh((jax.device_count(),), (CLIENTS,), axis_types=(jax.sharding.AxisType.Auto,))
-
-
 def set_up(config: Config) -> Federation:
     """Everything before the first round.
 
     Raises:
       UserError: a model, file, target or client does not fit the config.
     """
-    mesh = make_mesh()
+    mesh = make_mesh(config.mesh.clients, config.mesh.fsdp, config.mesh.tensor, jax.devices())
     task = load_task(config, mesh)
     f, r = config.federation, config.lora.r
     spec = model_spec(config.lora, task.model, f.share_sketch)
     size = config.clients_per_round
     cohorts = [sample_cohort(config.seed, t, f.num_clients, size) for t in range(f.num_rounds)]
-    lanes = (1 if mesh is None else mesh.size) * f.cohort_chunks
+    lanes = client_groups(mesh) * f.cohort_chunks
     layout = plan_layout(task.population.ranks, cohorts, r=r, lanes=lanes, tiered=f.layout == "tiered")
     steps = Steps(config.seed, f.local_steps, f.batch_size, config.data.row_length or 0, config.data.packing)
     if not steps.row_length:
         steps = steps._replace(row_length=best_row_length(task.population, steps, cohorts))
+    shape = plan_shape(task.population, steps, cohorts)
     return Federation(
         task=task,
         spec=spec,
@@ -214,7 +208,7 @@ def set_up(config: Config) -> Federation:
         steps=steps,
         layout=layout,
         cohorts=cohorts,
-        shape=plan_shape(task.population, steps, cohorts),
+        shape=shape._replace(rows=-(-shape.rows // config.mesh.fsdp) * config.mesh.fsdp),
         mesh=mesh,
     )
 
@@ -223,4 +217,4 @@ def initial_server(config: Config, federation: Federation) -> Server:
     """Global weights before the first round."""
     adapter_key, head_key = jax.random.split(device_key(config.seed, Purpose.INIT))
     server = federation.method.init(adapter_key, federation.task.model.init_head(head_key))
-    return jax.device_put(server, shardings(federation.mesh)[0])
+    return jax.device_put(server, replicated(federation.mesh))

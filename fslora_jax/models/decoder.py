@@ -16,6 +16,7 @@ from fslora_jax.models.family import Options
 from fslora_jax.models.layers import ACTIVATIONS, Layer, Project
 from fslora_jax.models.model import Model, Naming
 from fslora_jax.models.scores import score_labels, score_next
+from fslora_jax.sharding import gathered
 from fslora_jax.types import Batch, Local
 
 
@@ -138,7 +139,7 @@ def _hidden(
     dropout: Key[Array, " C"] | None = None,
 ) -> Float[Array, "C B L D"]:
     """The normalised states after the last layer."""
-    x = nnx.merge(graphs["embeddings"], base["embeddings"])["embed_tokens"](batch.tokens)
+    x = nnx.merge(graphs["embeddings"], gathered(base["embeddings"]))["embed_tokens"](batch.tokens)
     x *= jnp.asarray(c.embedding_scale, x.dtype)
     kinds = list(dict.fromkeys(c.layers))
     each = (jnp.array([kinds.index(kind) for kind in c.layers]),)
@@ -187,9 +188,9 @@ def _predict(
 def next_logits(c: Config, base: dict[str, Any], x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
     """What the model expects after tokens with these states, in float32."""
     if c.tie_word_embeddings:
-        table = base["embeddings"]["embed_tokens"]["embedding"].T
+        table = gathered(base["embeddings"])["embed_tokens"]["embedding"].T
     else:
-        table = base["output"]["lm_head"]["kernel"]
+        table = gathered(base["output"])["lm_head"]["kernel"]
     logits = jnp.matmul(x, table, preferred_element_type=jnp.float32)
     return logits if c.logit_cap is None else c.logit_cap * jnp.tanh(logits / c.logit_cap)
 

@@ -15,6 +15,7 @@ from fslora_jax.models.family import Options
 from fslora_jax.models.layers import ACTIVATIONS, Layer, Project
 from fslora_jax.models.model import Model, Naming
 from fslora_jax.models.scores import score_labels
+from fslora_jax.sharding import gathered
 from fslora_jax.types import Batch, Local
 
 
@@ -97,7 +98,7 @@ def _apply(
     batch: Batch,
     dropout: Key[Array, " C"] | None = None,
 ) -> Float[Array, "C E labels"]:
-    x = nnx.merge(graphs["embeddings"], base["embeddings"])(batch)
+    x = nnx.merge(graphs["embeddings"], gathered(base["embeddings"]))(batch)
     bias = attention_bias(batch.segments)
     x = stack.run_layers(
         graphs["layers"], base["layers"], tiers, x, bias, dropout=dropout, remat=options.remat

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from fslora_jax import lora
+from fslora_jax.sharding import outputs_split
 from fslora_jax.types import Pair
 
 Own = Sequence[Mapping[str, tuple[Pair, Float[Array, "C k"]]]]
@@ -49,7 +50,7 @@ class Layer(nnx.Module):
 
         ``keys`` are the clients' for this layer's dropout, None in evaluation.
         """
-        y = self.linear[path](x)
+        y = outputs_split(path, self.linear[path](x))
         if path not in own[0]:
             return y
         if keys is not None and self.lora_dropout:

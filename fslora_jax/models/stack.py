@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from fslora_jax.errors import UserError
+from fslora_jax.sharding import gathered, rows_split
 from fslora_jax.types import Local
 
 Parts = Mapping[str, Callable[[nnx.Rngs], nnx.Module]]
@@ -73,9 +74,9 @@ def run_layers(
         slices: tuple[PyTree, list[dict[str, Any]], tuple[PyTree, ...], Int[Array, ""]],
     ) -> tuple[Float[Array, "C B L D"], None]:
         weights, own, each, number = slices
-        layer = nnx.merge(graph, weights)
+        layer = nnx.merge(graph, gathered(weights))
         keys = None if dropout is None else jax.vmap(lambda key: jax.random.fold_in(key, number))(dropout)
-        return layer(x, partial(layer.project, own=own, keys=keys), shared, *each), None
+        return layer(rows_split(x), partial(layer.project, own=own, keys=keys), shared, *each), None
 
     return jax.lax.scan(REMAT[remat](step), x, (weights, own, each, jnp.arange(count)))[0]
 
