@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from conftest import FAMILIES, POOLINGS
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fslora_jax.adapters.spec import adapter_config, client_config, model_spec
@@ -23,17 +24,8 @@ with warnings.catch_warnings():
     import transformers
 
 R, ALPHA, LABELS = 8, 12.0, ("bad", "so so", "good")
-WORDS = ["[PAD]", "[UNK]", "a", "film", "that", "I", "will", "see", "again", "never"]
-SIZES = {
-    "vocab_size": len(WORDS),
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 20,
-    "pad_token_id": 0,
-    "initializer_range": 0.4,
-}
+WORDS = ["[UNK]", "[PAD]", "a", "film", "that", "I", "will", "see", "again", "never"]
+SIZES = {"vocab_size": len(WORDS), "num_hidden_layers": 2, "pad_token_id": 1, "initializer_range": 0.4}
 PATTERNS = {
     "rank_pattern": {"output.dense": 3, "query": 5},
     "alpha_pattern": {"query": 7.0, "intermediate.dense": 20.0},
@@ -47,6 +39,9 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert-regex": ("bert", "mean", {"target_modules": r".*\.(query|output\.dense)", "use_rslora": False}),
     "roberta": ("roberta", "native", {"target_modules": ["query", "intermediate.dense"]}),
     "roberta-mean": ("roberta", "mean", {}),
+    "xlm-roberta": ("xlm-roberta", "native", {}),
+    "mpnet": ("mpnet", "native", {"target_modules": ["q", "output.dense"]}),
+    "distilbert": ("distilbert", "native", {"target_modules": ["q_lin", "lin1"]}),
 }
 """Name of a row -> (model_type, pooling, settings of the adapter beyond r and lora_alpha)."""
 
@@ -67,7 +62,7 @@ def make_case(folder: Path, row: str) -> Case:
     """Writes the base model with a tokenizer, and draws an adapter and a head for it."""
     model_type, pooling, settings = ROWS[row]
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(model_type, **SIZES)
+    config = transformers.AutoConfig.for_model(model_type, **(FAMILIES[model_type] | SIZES))
     transformers.AutoModel.from_config(config).save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
@@ -104,17 +99,14 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 def torch_base(case: Case):
     """The model in transformers, with a random head."""
-    auto = {
-        "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-        "TOKEN_CLS": transformers.AutoModelForTokenClassification,
-    }[case.model.naming.task_type]
-    return auto.from_pretrained(case.folder, num_labels=len(LABELS)).eval()
+    pooling = {"SEQ_CLS": "native", "TOKEN_CLS": "mean"}[case.model.naming.task_type]
+    return POOLINGS[pooling].from_pretrained(case.folder, num_labels=len(LABELS)).eval()
 
 
 def texts() -> tuple[np.ndarray, np.ndarray]:
     """Token ids and mask of two texts, the second one shorter."""
-    tokens = np.array([[2, 3, 4, 5, 6, 7, 8], [5, 6, 9, 7, 0, 0, 0]])
-    return tokens, (tokens > 0).astype(int)
+    tokens = np.array([[2, 3, 4, 5, 6, 7, 8], [5, 6, 9, 7, 1, 1, 1]])
+    return tokens, (tokens != 1).astype(int)
 
 
 def torch_logits(model: Any, task_type: str) -> np.ndarray:

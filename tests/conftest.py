@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,13 +37,20 @@ SIZES = {
     "num_labels": 3,
 }
 
-# A new encoder family is a new row here: (model_type, pooling) -> its classes in transformers.
-ENCODERS = {
-    ("bert", "native"): (transformers.BertConfig, transformers.BertForSequenceClassification),
-    ("bert", "mean"): (transformers.BertConfig, transformers.BertForTokenClassification),
-    ("roberta", "native"): (transformers.RobertaConfig, transformers.RobertaForSequenceClassification),
-    ("roberta", "mean"): (transformers.RobertaConfig, transformers.RobertaForTokenClassification),
+# A new encoder family is a new row here: model_type -> the fields of its config.
+FAMILIES = {
+    "bert": SIZES,
+    "roberta": SIZES,
+    "xlm-roberta": SIZES | {"type_vocab_size": 1, "layer_norm_eps": 1e-5},
+    "mpnet": SIZES,
+    "distilbert": {"hidden_dim" if name == "intermediate_size" else name: n for name, n in SIZES.items()},
 }
+POOLINGS = {
+    "native": transformers.AutoModelForSequenceClassification,
+    "mean": transformers.AutoModelForTokenClassification,
+}
+ENCODERS = [(family, pooling) for family in FAMILIES for pooling in POOLINGS]
+ENCODERS.remove(("xlm-roberta", "mean"))  # only names set it apart from RoBERTa
 
 
 class Tiny(NamedTuple):
@@ -61,26 +69,36 @@ def torch_head(hf: Any) -> dict[str, dict[str, Any]]:
     """The task head of a transformers model, as this package holds it."""
     head: dict[str, dict[str, Any]] = {}
     for name, value in hf.named_parameters():
-        if name.startswith("classifier"):
+        if name.startswith(("classifier", "pre_classifier")):
             module, leaf = name.rsplit(".", 1)
             new = {"weight": "kernel", "bias": "bias"}[leaf]
             head.setdefault(module, {})[new] = jnp.asarray(value.detach().numpy().T)
     return head
 
 
+@pytest.fixture(scope="session")
+def tiny_of(tmp_path_factory) -> Callable[[str, str], Tiny]:
+    """Makes the checkpoint of a family and a pooling, once."""
+
+    @cache
+    def make(family: str, pooling: str) -> Tiny:
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(family, **FAMILIES[family])
+        hf = POOLINGS[pooling].from_config(config).eval()
+        with torch.no_grad():  # also the biases and norms, whose initial values would hide a missing one
+            for value in hf.parameters():
+                value.add_(0.2 * torch.randn_like(value))
+        folder = tmp_path_factory.mktemp(f"{family}-{pooling}")
+        hf.save_pretrained(folder)
+        model, base = load_model(folder, num_labels=SIZES["num_labels"], pooling=pooling)
+        return Tiny(family, pooling, folder, hf, model, base, torch_head(hf))
+
+    return make
+
+
 @pytest.fixture(scope="session", params=ENCODERS, ids="-".join)
-def tiny(request, tmp_path_factory) -> Tiny:
-    family, pooling = request.param
-    config, architecture = ENCODERS[request.param]
-    torch.manual_seed(0)
-    hf = architecture(config(**SIZES)).eval()
-    with torch.no_grad():  # also the biases and norms, whose initial values would hide a missing one
-        for value in hf.parameters():
-            value.add_(0.2 * torch.randn_like(value))
-    folder = tmp_path_factory.mktemp(f"{family}-{pooling}")
-    hf.save_pretrained(folder)
-    model, base = load_model(folder, num_labels=SIZES["num_labels"], pooling=pooling)
-    return Tiny(family, pooling, folder, hf, model, base, torch_head(hf))
+def tiny(request, tiny_of) -> Tiny:
+    return tiny_of(*request.param)
 
 
 @pytest.fixture(scope="session")

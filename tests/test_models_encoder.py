@@ -14,6 +14,7 @@ import transformers
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.mpnet import modeling_mpnet
 
 from fslora_jax import lora
 from fslora_jax.errors import UserError
@@ -24,19 +25,21 @@ LENGTHS = (7, 3, 5, 4, 10)
 LABELS = (0, 2, 1, 1, 0)
 PADDED = [[0], [1], [2], [3], [4]]
 PACKED = [[0, 1], [2, 3], [4]]
+PADDED_BY_ONE = ("roberta", "xlm-roberta", "mpnet")
+"""Families whose padding is token 1, and whose positions start behind it."""
 RNG = np.random.default_rng(0)
 TOKENS = [RNG.integers(3, 50, n) for n in LENGTHS]
 
 
 def types_of(family, n):
-    """Two texts for BERT; RoBERTa has one token type."""
+    """Two texts for BERT; the others have one token type, or none."""
     return (np.arange(n) > n // 2).astype(int) * (family == "bert")
 
 
 def make_batch(family, rows, clients=1, shape=(5, 16), examples=7):
     """The examples named by ``rows``, one list a row; rows and examples are filled up to one shape for all."""
     tokens, segments, positions, types = np.zeros((4, *shape), int)
-    tokens += family == "roberta"  # the family's padding
+    tokens += family in PADDED_BY_ONE
     for b, row in enumerate(rows):
         start = 0
         for e in row:
@@ -100,7 +103,8 @@ def torch_logits(tiny, hf):
     types = torch.zeros_like(ids)
     for e, n in enumerate(LENGTHS):
         ids[e, :n], types[e, :n] = torch.tensor(TOKENS[e]), torch.tensor(types_of(tiny.family, n))
-    logits = hf(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
+    inputs = {"token_type_ids": types} if tiny.family == "bert" else {}
+    logits = hf(input_ids=ids, attention_mask=mask, **inputs).logits
     if tiny.pooling == "mean":
         return (logits * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     return logits
@@ -156,7 +160,8 @@ def test_lora_gradients_equal_torch_and_peft(tiny):
             assert np.abs(a).max() > 1e-5
             assert_close(Pair(pair.a[0, layer], pair.b[0, layer]), Pair(a, b.T), 2e-4)
     for module, leaves in got.head.items():
-        prefix = "base_model.model." + module.replace("classifier", "classifier.modules_to_save.default", 1)
+        top, dot, rest = module.partition(".")
+        prefix = f"base_model.model.{top}.modules_to_save.default{dot}{rest}"
         assert_close(leaves["kernel"][0], values[f"{prefix}.weight"].grad.numpy().T, 2e-4)
         assert_close(leaves["bias"][0], values[f"{prefix}.bias"].grad.numpy(), 2e-4)
 
@@ -261,8 +266,8 @@ OPTIONS = family.Options("sequence", 3, "mean", jnp.dtype("float32"), 0.5, "xla"
 
 def test_each_module_draws_its_own_mask():
     config = encoder.Config(**{name: CONFIG[name] for name in encoder.Config._fields})
-    layer = encoder.EncoderLayer(config, OPTIONS, nnx.Rngs(0))
-    query, key = "attention.self.query", "attention.self.key"
+    query, key, *others = "abcdefgh"
+    layer = encoder.EncoderLayer(config, encoder.Names(query, key, *others), OPTIONS, nnx.Rngs(0))
     layer.linear[key] = layer.linear[query]
     pair, scale = Pair(jnp.ones((1, 2, 16)), jnp.ones((1, 2, 16))), jnp.ones((1, 2))
     own = [{query: (pair, scale), key: (pair, scale)}]
@@ -298,6 +303,12 @@ def test_activations_equal_transformers(act):
     np.testing.assert_allclose(layers.ACTIVATIONS[act](x), expected, atol=1e-6)
 
 
+def test_relative_buckets_equal_transformers():
+    positions = torch.arange(300)
+    expected = modeling_mpnet.MPNetEncoder.relative_position_bucket(positions - positions[:, None])
+    np.testing.assert_array_equal(encoder.relative_buckets(jnp.arange(300)), expected)
+
+
 def test_frozen_products_merge_clients_and_base_has_no_gradient():
     clients = 5
     model, base, tier = bert(clients)
@@ -319,7 +330,7 @@ def test_abstract_and_random_base_agree_with_a_loaded_one(tiny):
         assert jax.tree.map(lambda x: (x.shape, x.dtype), other) == jax.tree.map(
             lambda x: (x.shape, x.dtype), abstract
         )
-    query = random["layers"]["linear"]["attention.self.query"]["kernel"]
+    query = random["layers"]["linear"][next(iter(tiny.model.modules))]["kernel"]
     assert not jnp.array_equal(query[0], query[1])
     np.testing.assert_allclose(query.std(), 0.02, rtol=0.1)
 
@@ -332,7 +343,7 @@ def test_what_a_model_says_of_itself(tiny):
         if isinstance(module, torch.nn.Linear) and ".layer." in name
     }
     assert sizes == found
-    assert tiny.model.max_length == (20 if tiny.family == "roberta" else 22)
+    assert tiny.model.max_length == (20 if tiny.family in PADDED_BY_ONE else 22)
     assert tiny.model.vocab_size == 50
     head = tiny.model.init_head(jax.random.key(0))
     assert jax.tree.map(jnp.shape, head) == jax.tree.map(jnp.shape, tiny.head)

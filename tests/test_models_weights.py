@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import SIZES
+from conftest import POOLINGS, SIZES
 from safetensors.numpy import load_file, save_file
 
 from fslora_jax.errors import UserError
@@ -24,6 +24,13 @@ def assert_same(base, other):
     assert all(
         np.array_equal(a, b) for a, b in zip(jax.tree.leaves(base), jax.tree.leaves(other), strict=True)
     )
+
+
+@pytest.fixture(
+    params=[(family, pooling) for family in ("bert", "roberta") for pooling in POOLINGS], ids="-".join
+)
+def tiny(request, tiny_of):
+    return tiny_of(*request.param)
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
 """The network of BERT-like encoders with a classification head; attributes carry Hugging Face's names."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from fslora_jax import lora
 from fslora_jax.models import heads, stack
@@ -18,9 +18,15 @@ from fslora_jax.models.scores import score_labels
 from fslora_jax.sharding import gathered
 from fslora_jax.types import Batch, Local
 
+RELATIVE_BUCKETS = 32
+"""Classes of distance between two tokens, half of them for each direction."""
+
+FIRST_DISTANCES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 23, 32, 46, 64, 91)
+"""Where a class begins: each distance below 8 is one of its own, then they grow by the square root of 2."""
+
 
 class Config(NamedTuple):
-    """The numbers of ``config.json`` that an encoder needs, under their names there."""
+    """The numbers of ``config.json`` that an encoder needs, under BERT's names; no token types, no table of them."""
 
     vocab_size: int
     hidden_size: int
@@ -34,23 +40,44 @@ class Config(NamedTuple):
     hidden_act: str
 
 
+class Names(NamedTuple):
+    """What a family calls the modules of a layer."""
+
+    query: str
+    key: str
+    value: str
+    output: str
+    attention_norm: str
+    up: str
+    down: str
+    mlp_norm: str
+
+
 class Variant(NamedTuple):
     """What sets families and heads apart beyond ``Config``.
 
     ``pooling`` as in ``heads.pool``; ``pooler`` says that a frozen dense layer with tanh follows it; ``head``
-    names the head's linear modules in order; positions start at row ``first_position`` of their table.
+    names the head's linear modules in order, with ``between`` applied in between; positions start at row
+    ``first_position`` of their table; ``relative`` says that scores depend on the distance as well, by one
+    table for all layers.
     """
 
+    names: Names
     pooling: str
     pooler: bool
     head: tuple[str, ...]
+    between: Callable[[Array], Array]
     first_position: int
+    relative: bool
 
 
 def encoder(c: Config, variant: Variant, options: Options, naming: Naming) -> Model:
     """The model of a config; it computes in ``options.dtype``, its logits are float32."""
     parts = _parts(c, variant, options)
-    modules = {path: lora.Target(i, o, c.num_hidden_layers) for path, (i, o) in linear_sizes(c).items()}
+    modules = {
+        path: lora.Target(i, o, c.num_hidden_layers)
+        for path, (i, o) in linear_sizes(c, variant.names).items()
+    }
     apply = partial(_apply, stack.graphs(parts), variant, options)
     return Model(
         apply=apply,
@@ -66,27 +93,35 @@ def encoder(c: Config, variant: Variant, options: Options, naming: Naming) -> Mo
     )
 
 
-def linear_sizes(c: Config) -> dict[str, tuple[int, int]]:
+def linear_sizes(c: Config, names: Names) -> dict[str, tuple[int, int]]:
     """The linear modules of a layer in the order of the forward pass: path -> features (in, out)."""
     width, wide = c.hidden_size, c.intermediate_size
     return {
-        "attention.self.query": (width, width),
-        "attention.self.key": (width, width),
-        "attention.self.value": (width, width),
-        "attention.output.dense": (width, width),
-        "intermediate.dense": (width, wide),
-        "output.dense": (wide, width),
+        names.query: (width, width),
+        names.key: (width, width),
+        names.value: (width, width),
+        names.output: (width, width),
+        names.up: (width, wide),
+        names.down: (wide, width),
     }
 
 
 def _parts(c: Config, variant: Variant, options: Options) -> stack.Parts:
     width, dtype = c.hidden_size, options.dtype
+
+    def relative(rngs: nnx.Rngs) -> nnx.Module:
+        buckets = table(c, RELATIVE_BUCKETS, c.num_attention_heads, dtype, rngs)
+        return nnx.Dict({"relative_attention_bias": buckets})
+
     parts = {
         "embeddings": lambda rngs: Embeddings(c, variant.first_position, dtype, rngs),
-        "layers": lambda rngs: EncoderLayer(c, options, rngs),
-        "pooler": lambda rngs: nnx.Dict({"dense": linear(c, width, width, dtype, rngs)}),
+        "layers": lambda rngs: EncoderLayer(c, variant.names, options, rngs),
     }
-    return parts if variant.pooler else {name: parts[name] for name in ("embeddings", "layers")}
+    if variant.relative:
+        parts["relative"] = relative
+    if variant.pooler:
+        parts["pooler"] = lambda rngs: nnx.Dict({"dense": linear(c, width, width, dtype, rngs)})
+    return parts
 
 
 def _apply(
@@ -100,6 +135,9 @@ def _apply(
 ) -> Float[Array, "C E labels"]:
     x = nnx.merge(graphs["embeddings"], gathered(base["embeddings"]))(batch)
     bias = attention_bias(batch.segments)
+    if variant.relative:
+        buckets = nnx.merge(graphs["relative"], base["relative"])["relative_attention_bias"]
+        bias += jnp.moveaxis(buckets(relative_buckets(batch.positions)).astype(bias.dtype), -1, 2)
     x = stack.run_layers(
         graphs["layers"], base["layers"], tiers, x, bias, dropout=dropout, remat=options.remat
     )
@@ -107,7 +145,25 @@ def _apply(
     if variant.pooler:
         dense = nnx.merge(graphs["pooler"], base["pooler"])["dense"]
         x = jnp.tanh(dense(x.astype(options.dtype)).astype(jnp.float32))
-    return lora.per_client(partial(heads.classify, variant.head), [tier.weights.head for tier in tiers], x)
+    classify = partial(heads.classify, variant.head, between=variant.between)
+    return lora.per_client(classify, [tier.weights.head for tier in tiers], x)
+
+
+def relative_buckets(positions: Int[Array, "*C L"]) -> Int[Array, "*C L L"]:
+    """The class of the distance from each token (first) to each other one; later ones in the upper half.
+
+    >>> relative_buckets(jnp.array([0, 1, 500]))[1].tolist()
+    [1, 0, 31]
+    """
+    distance = positions[..., None, :] - positions[..., :, None]
+    near = jnp.searchsorted(jnp.array(FIRST_DISTANCES), jnp.abs(distance), side="right")
+    return near + RELATIVE_BUCKETS // 2 * (distance > 0)
+
+
+def table(c: Config, rows: int, width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Embed:
+    """A vector for each row, with BERT's initial weights."""
+    init = nnx.initializers.normal(c.initializer_range)
+    return nnx.Embed(rows, width, embedding_init=init, param_dtype=dtype, rngs=rngs)
 
 
 def linear(c: Config, i: int, o: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
@@ -125,44 +181,45 @@ class Embeddings(nnx.Module):
     """Word, position and token type, summed and normalised; positions start at row ``first_position``."""
 
     def __init__(self, c: Config, first_position: int, dtype: jnp.dtype, rngs: nnx.Rngs):
-        def table(rows: int) -> nnx.Embed:
-            init = nnx.initializers.normal(c.initializer_range)
-            return nnx.Embed(rows, c.hidden_size, embedding_init=init, param_dtype=dtype, rngs=rngs)
-
-        self.word_embeddings = table(c.vocab_size)
-        self.position_embeddings = table(c.max_position_embeddings)
-        self.token_type_embeddings = table(c.type_vocab_size)
+        self.word_embeddings = table(c, c.vocab_size, c.hidden_size, dtype, rngs)
+        self.position_embeddings = table(c, c.max_position_embeddings, c.hidden_size, dtype, rngs)
+        if c.type_vocab_size:
+            self.token_type_embeddings = table(c, c.type_vocab_size, c.hidden_size, dtype, rngs)
         self.LayerNorm = layer_norm(c, dtype, rngs)
         self.first_position = first_position
+        self.has_types = c.type_vocab_size > 0
 
     def __call__(self, batch: Batch) -> Float[Array, "C B L D"]:
         """What enters the first layer."""
-        words = self.word_embeddings(batch.tokens)
-        places = self.position_embeddings(batch.positions + self.first_position)
-        return self.LayerNorm(words + places + self.token_type_embeddings(batch.types))
+        x = self.word_embeddings(batch.tokens)
+        x += self.position_embeddings(batch.positions + self.first_position)
+        if self.has_types:
+            x += self.token_type_embeddings(batch.types)
+        return self.LayerNorm(x)
 
 
 class EncoderLayer(Layer):
     """Attention and feed-forward, each followed by residual and norm."""
 
-    def __init__(self, c: Config, options: Options, rngs: nnx.Rngs):
+    def __init__(self, c: Config, names: Names, options: Options, rngs: nnx.Rngs):
         dtype = options.dtype
-        norms = ("attention.output.LayerNorm", "output.LayerNorm")
         super().__init__(
-            linear={path: linear(c, i, o, dtype, rngs) for path, (i, o) in linear_sizes(c).items()},
-            norm={path: layer_norm(c, dtype, rngs) for path in norms},
+            linear={path: linear(c, i, o, dtype, rngs) for path, (i, o) in linear_sizes(c, names).items()},
+            norm={path: layer_norm(c, dtype, rngs) for path in (names.attention_norm, names.mlp_norm)},
             lora_dropout=options.lora_dropout,
         )
+        self.names = names
         self.head_dim = c.hidden_size // c.num_attention_heads
         self.hidden_act = c.hidden_act
         self.implementation = options.attention
 
     def __call__(
-        self, x: Float[Array, "C B L D"], project: Project, bias: Float[Array, "C B 1 L L"]
+        self, x: Float[Array, "C B L D"], project: Project, bias: Float[Array, "C B h L L"]
     ) -> Float[Array, "C B L D"]:
         """One layer for all clients."""
-        q, k, v = (project(f"attention.self.{name}", x) for name in ("query", "key", "value"))
+        names = self.names
+        q, k, v = (project(name, x) for name in (names.query, names.key, names.value))
         mixed = attention(q, k, v, bias, self.head_dim, implementation=self.implementation)
-        x = self.norm["attention.output.LayerNorm"](project("attention.output.dense", mixed) + x)
-        wide = ACTIVATIONS[self.hidden_act](project("intermediate.dense", x))
-        return self.norm["output.LayerNorm"](project("output.dense", wide) + x)
+        x = self.norm[names.attention_norm](project(names.output, mixed) + x)
+        wide = ACTIVATIONS[self.hidden_act](project(names.up, x))
+        return self.norm[names.mlp_norm](project(names.down, wide) + x)

@@ -19,7 +19,8 @@ WITHOUT_INFLUENCE = (
     # Dropout of the base, which is frozen and runs as in evaluation.
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "classifier_dropout"),
     # How a program runs it, not what it computes.
-    *("use_cache", "cache_implementation", "gradient_checkpointing", "chunk_size_feed_forward"),
+    *("use_cache", "cache_implementation", "output_past"),
+    *("gradient_checkpointing", "chunk_size_feed_forward"),
     *("output_attentions", "output_hidden_states", "return_dict", "initializer_range"),
 )
 """Fields that any ``config.json`` may hold and that change nothing of what is computed here."""
@@ -87,9 +88,12 @@ class Fields:
                     "choose another model"
                 )
 
-    def fill(self, form: type[T]) -> T:
-        """A NamedTuple whose every attribute is a required field."""
-        return form(**{name: self.read(name, kind) for name, kind in get_type_hints(form).items()})
+    def fill(self, form: type[T], renamed: Mapping[str, str], given: Mapping[str, Any]) -> T:
+        """A NamedTuple whose every attribute is a required field, perhaps ``renamed`` in the file, or ``given``."""
+        kinds = {name: kind for name, kind in get_type_hints(form).items() if name not in given}
+        return form(
+            **given, **{name: self.read(renamed.get(name, name), kind) for name, kind in kinds.items()}
+        )
 
     def ignore(self, *names: str) -> None:
         """Fields of this family that change nothing of what is computed here."""

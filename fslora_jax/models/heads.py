@@ -1,6 +1,6 @@
 """Classification heads: one vector for each example, and each client's own dense layers on it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +37,10 @@ def pool(x: Float[Array, "C B L D"], batch: Batch, pooling: str) -> Float[Array,
     return total / jnp.maximum(mine.sum((1, 2)), 1)[..., None]
 
 
-def classify(names: Sequence[str], head: Head, x: Float[Array, "E D"]) -> Float[Array, "E labels"]:
-    """One client's head: linear modules in order, with tanh in between."""
+def classify(
+    names: Sequence[str], head: Head, x: Float[Array, "E D"], between: Callable[[Array], Array] = jnp.tanh
+) -> Float[Array, "E labels"]:
+    """One client's head: linear modules in order, with ``between`` applied in between."""
     for n, name in enumerate(names):
-        x = (jnp.tanh(x) if n else x) @ head[name]["kernel"] + head[name].get("bias", 0.0)
+        x = (between(x) if n else x) @ head[name]["kernel"] + head[name].get("bias", 0.0)
     return x
