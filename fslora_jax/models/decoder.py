@@ -139,14 +139,19 @@ def _hidden(
     dropout: Key[Array, " C"] | None = None,
 ) -> Float[Array, "C B L D"]:
     """The normalised states after the last layer."""
-    x = nnx.merge(graphs["embeddings"], gathered(base["embeddings"]))["embed_tokens"](batch.tokens)
-    x *= jnp.asarray(c.embedding_scale, x.dtype)
+    x = embed(c, gathered(base["embeddings"]), batch.tokens)
     kinds = list(dict.fromkeys(c.layers))
     each = (jnp.array([kinds.index(kind) for kind in c.layers]),)
     x = stack.run_layers(
         graphs["layers"], base["layers"], tiers, x, look(c, batch), each, dropout=dropout, remat=remat
     )
     return nnx.merge(graphs["final"], base["final"])["norm"](x)
+
+
+def embed(c: Config, weights: dict[str, Any], tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
+    """What enters the first layer; Gemma scales it, by a number rounded to the dtype."""
+    x = weights["embed_tokens"]["embedding"][tokens]
+    return x * jnp.asarray(c.embedding_scale, x.dtype)
 
 
 def look(c: Config, batch: Batch) -> Sight:

@@ -1,0 +1,135 @@
+"""The parts of a decoder apart, sizes of real models, and what next tokens are worth."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from contract import FAMILIES, SIZES, batches, make_tier, make_tiny
+from flax import nnx
+
+from fslora_jax import lora
+from fslora_jax.models import build_model, decoder, scores
+from fslora_jax.models.decoders import DECODERS
+from fslora_jax.models.family import Options
+from fslora_jax.models.fields import Fields
+
+OPTIONS = Options("causal", 0, "native", jnp.dtype("float32"), 0.0, "xla", "none")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embedding_each_layer_and_final_norm_equal_transformers(family, tmp_path):
+    tiny = make_tiny(family, "causal", tmp_path)
+    c = DECODERS[family].build.keywords["read"](Fields(tiny.hf.config.to_dict()))
+    batch = jax.tree.map(lambda leaf: leaf[:1], batches())
+    mask = torch.tensor(np.asarray(batch.segments[0] > 0).astype(np.float32))
+    layers, states = tiny.hf.model.layers, []
+    for layer in layers:  # the last one's output is not among the hidden states: they end with the norm
+        layer.register_forward_hook(lambda _, args, out: states.append((args[0], out)))
+    with torch.no_grad():
+        ids = torch.tensor(np.asarray(batch.tokens[0]))
+        expected = tiny.hf.model(ids, attention_mask=mask).last_hidden_state
+    states = [(jnp.asarray(a.numpy())[None], b.numpy()) for a, b in states]
+    seen = np.asarray(batch.segments[0] > 0)
+
+    def close(got, want):
+        np.testing.assert_allclose(np.asarray(got[0])[seen], np.asarray(want)[seen], atol=2e-5)
+
+    @jax.jit
+    def parts(base, inputs):
+        sight, kinds = decoder.look(c, batch), list(dict.fromkeys(c.layers))
+        outputs = []
+        for n, x in enumerate(inputs):
+            layer = decoder.DecoderLayer(c, OPTIONS, nnx.Rngs(0))
+            nnx.update(layer, jax.tree.map(lambda leaf, n=n: leaf[n], base["layers"]))
+            project = functools.partial(layer.project, own=[{}], keys=None)
+            outputs.append(layer(x, project, sight, kinds.index(c.layers[n])))
+        norm = decoder.RMSNorm(c, c.hidden_size, jnp.dtype("float32"))
+        nnx.update(norm, base["final"]["norm"])
+        return decoder.embed(c, base["embeddings"], batch.tokens), outputs, norm(outputs[-1])
+
+    embedded, outputs, normed = parts(tiny.base, [x for x, _ in states])
+    close(embedded, states[0][0][0])
+    for got, (_, want) in zip(outputs, states, strict=True):
+        close(got, want)
+    close(normed, expected)
+
+
+LLAMA_3B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+
+
+def test_llama_3b_has_the_papers_size():
+    model = build_model(LLAMA_3B, task="causal", dtype="bfloat16")
+    names = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    assert lora.rank_unit({p: t for p, t in model.modules.items() if p.split(".")[1] in names}) == 1_032_192
+    abstract = jax.eval_shape(model.init_base, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == 3_212_749_824
+
+
+@functools.cache
+def small():
+    config = {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.3,
+        "head_dim": 4,
+    } | SIZES
+    model = build_model(config, task="causal")
+    return model, jax.jit(model.init_base)(jax.random.key(0)), make_tier(model, {}, 3, 2, 1.0)
+
+
+def test_score_in_pieces_equals_that_of_the_whole(monkeypatch):
+    model, base, tier = small()
+
+    def run():
+        def loss(weights, batch):
+            result = model.score(base, [tier._replace(weights=weights)], batch)
+            return result.loss.sum(), result
+
+        compiled = jax.jit(jax.grad(loss, has_aux=True)).lower(tier.weights, batches()).compile()
+        return compiled(tier.weights, batches()), compiled.as_text()
+
+    whole, text = run()
+    rows = batches().places.shape
+    assert re.search(rf"f32\[{rows[0]},{rows[1]},{rows[2]},50\]", text)
+    monkeypatch.setattr(scores, "PIECE_BYTES", 4 * 50 * rows[0] * rows[1] * 5)
+    pieces, text = run()
+    assert not re.search(rf"f32\[{rows[0]},{rows[1]},{rows[2]},50\]", text), "the logits of the whole cohort"
+    for a, b in zip(jax.tree.leaves(pieces), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+
+
+def test_rotations_equal_transformers_for_long_texts():
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(
+        transformers.LlamaConfig(**{k: v for k, v in LLAMA_3B.items() if k != "model_type"})
+    )
+    c = DECODERS["llama"].build.keywords["read"](Fields(LLAMA_3B))
+    got = decoder.rope.frequencies(c.layers[0].rope, c.head_dim)
+    np.testing.assert_allclose(got, rotary.inv_freq.numpy(), rtol=1e-6)
