@@ -14,7 +14,7 @@ import tyro
 from fslora_jax import hub
 from fslora_jax.arguments import option, parse, parse_config
 from fslora_jax.bench.command import bench_command
-from fslora_jax.config import DataConfig, checked
+from fslora_jax.config import DataConfig, TaskName, checked
 from fslora_jax.display import TerminalDisplay, print_summary
 from fslora_jax.errors import UserError
 from fslora_jax.federation.loop import run
@@ -58,9 +58,11 @@ class Evaluate:
     folder: tyro.conf.Positional[Path]
     """Run folder, or folder with adapter_config.json."""
     data: str | None = None
-    """File or data set with labelled texts; by default the held-out examples of the run."""
+    """File, folder or data set; by default the held-out examples of the run."""
+    task: TaskName | None = None
+    """What the data is, as in `data.task` of a config; a GLUE task finds its own data. By default as in the run."""
     split: str | None = None
-    """Split of a hub data set; by default test."""
+    """Split of a hub data set; by default the task's held-out one, or test."""
     text_columns: tuple[str, ...] | None = None
     """Columns of the data with the text; by default the run's, or text."""
     label_column: str | None = None
@@ -73,18 +75,20 @@ def eval_command(argv: Sequence[str]) -> None:
     """Evaluates and prints."""
     args = parse(Evaluate, "fslora eval", Evaluate.__doc__ or "", argv)
     given = {name: value for name, value in dataclasses.asdict(args).items() if value is not None}
-    folder, name = given.pop("folder"), given.pop("data", None)
+    folder, name, split = given.pop("folder"), given.pop("data", None), given.pop("split", None)
     is_run, data = (folder / CONFIG).is_file(), None
-    if name is not None:
+    if name is not None or args.task is not None:
         defaults = load_run_config(folder).data.model_dump() if is_run else {}
-        values = defaults | {"name": name, "split": "test", "row_length": None} | given
-        data = checked(DataConfig, values, "arguments")
+        place = {"name": name, "parts": (), "split": None, "test_split": split, "row_length": None}
+        data = checked(DataConfig, defaults | place | given, "arguments")
     if is_run:
         metrics = evaluate_run(folder, data)
     elif data is not None:
         metrics = evaluate_adapter(folder, data)
     else:
-        raise UserError(f"{folder}: no run folder; for an adapter folder say --data FILE_OR_NAME as well")
+        raise UserError(
+            f"{folder}: no run folder; for an adapter folder say --data FILE_OR_NAME or --task as well"
+        )
     print(json.dumps(metrics))
 
 

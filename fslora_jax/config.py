@@ -17,6 +17,9 @@ Ratio = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
+Glue = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "mnli_mismatched", "qnli", "rte", "wnli"]
+TaskName = Literal["classification", "regression", Glue, "commonsense", "alpaca", "chat", "text"]
+
 
 class Section(BaseModel):
     """A part of the configuration; unknown keys are refused."""
@@ -75,18 +78,31 @@ class LoraConfig(LoraShape):
 class DataConfig(Section):
     """Labelled texts, how they are split, tokenised and batched."""
 
-    name: str
-    """Local .tsv, .csv, .json or .jsonl file, or a Hugging Face data set id."""
-    split: str = "train"
-    """Split of a hub data set to train on."""
+    task: TaskName = "classification"
+    """`classification` and `regression` have the columns below; a GLUE task knows its own columns, labels and
+    metrics; `commonsense`, `alpaca`, `chat` and `text` train a language model on instructions or plain text."""
+    name: str | None = None
+    """Local .tsv, .csv, .json, .jsonl or .parquet file, a folder with a task's original files, or a Hugging Face data
+    set id (`owner/name:config`); by default a GLUE task's own place on the hub."""
+    parts: tuple[str, ...] = ()
+    """Folders below `name`, each a task to train on together, such as ARC-Easy and boolq."""
+    split: str | None = None
+    """Split of a hub data set to train on; by default train."""
     test_name: str | None = None
-    """Local file with the held-out examples; without one, `test_examples` are held out of the training data."""
+    """The held-out examples, as `name`; without one, those of a task's folder or hub data set, or else
+    `test_examples` of the training data."""
+    test_split: str | None = None
+    """Split of a hub data set that is held out; by default the task's own."""
     test_examples: Count = 1000
-    """Number of examples held out at random, where there is no `test_name`."""
+    """Number of examples held out at random, where nothing else says which."""
+    learn: Literal["completion", "all"] = "completion"
+    """What a language model learns to predict: the answers, or every token."""
     text_columns: tuple[str, ...] = ("text",)
     """One column, or two for sentence pairs; numbers are positions in a file without a header."""
     label_column: str = "label"
     """Column with the label."""
+    client_column: str | None = None
+    """Column that says whose an example is, for the partition `natural`."""
     label_names: tuple[str, ...] | None = None
     """All labels in order; by default those that occur, sorted."""
     max_length: Count = 128

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fslora_jax.metrics import headline
+
 MB = 1e6
 
 
@@ -15,7 +17,7 @@ class TerminalDisplay:
 
     def __init__(self, console: Console | None = None):
         self._console = console or Console(stderr=True)
-        self._accuracy = float("nan")
+        self._known = ""
         self._progress = Progress(
             TextColumn("round"),
             MofNCompleteColumn(),
@@ -38,19 +40,21 @@ class TerminalDisplay:
         self._console.print(f"[dim]{text} ...[/dim]")
 
     def round(self, done: int, total: int, values: dict[str, float]) -> None:
-        """Moves the bar on; loss, last known accuracy, traffic so far, speed."""
+        """Moves the bar on; loss, the last known main metric, traffic so far, speed."""
         self._progress.start()  # not before, or an error of the start would come with an empty bar
-        self._accuracy = values.get("eval/accuracy", self._accuracy)
+        metric = headline([values])
+        if metric in values:
+            self._known = f"{metric.removeprefix('eval/')} {values[metric]:.3f}  "
         sent = (values["traffic/up_bytes"] + values["traffic/down_bytes"]) / MB
         text = (
-            f"loss {values['train/loss']:.3f}  accuracy {self._accuracy:.3f}  "
+            f"loss {values['train/loss']:.3f}  {self._known}"
             f"{sent:.1f} MB  {values['clients_per_second']:.1f} clients/s"
         )
         self._progress.update(self._bar, completed=done, total=total, values=text, visible=True)
 
 
 def print_summary(summary: dict[str, Any], run_dir: Path) -> None:
-    """Accuracy before and after, bytes of each tier against full-rank federated LoRA, seconds, where the adapter is."""
+    """Metrics before and after, bytes of each tier against full-rank federated LoRA, seconds, where the adapter is."""
     console = Console()
     before, after = summary["before"], summary["after"]
     results = Table(
@@ -59,8 +63,9 @@ def print_summary(summary: dict[str, Any], run_dir: Path) -> None:
     results.add_column("held-out examples")
     for name in ("before", "after"):
         results.add_column(name, justify="right")
-    for metric in ("eval/accuracy", "eval/loss"):
-        results.add_row(metric.removeprefix("eval/"), f"{before[metric]:.4f}", f"{after[metric]:.4f}")
+    for metric, value in after.items():
+        earlier = f"{before[metric]:.4f}" if metric in before else ""
+        results.add_row(metric.removeprefix("eval/"), earlier, f"{value:.4f}")
     console.print(results)
 
     full = summary["full_rank"]

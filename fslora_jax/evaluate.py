@@ -1,7 +1,8 @@
 """Evaluation of the global adapter: what it says to every held-out example, in one dispatch, and what that is worth."""
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,9 +16,12 @@ from fslora_jax.types import Batch, Score, Trainable
 
 
 class Evaluated(NamedTuple):
-    """Scores and labels of all examples, without fillers."""
+    """The score of each example, as in ``types.Score``, and its label; without fillers."""
 
-    score: Score
+    loss: Float[np.ndarray, " n"]
+    correct: Float[np.ndarray, " n"]
+    count: Float[np.ndarray, " n"]
+    predicted: Float[np.ndarray, " n"]
     labels: Real[np.ndarray, " n"]
 
 
@@ -41,21 +45,23 @@ def make_evaluation(score: ScoreFn, spec: Spec) -> Callable[[PyTree, Trainable, 
 
 def gather(score: Score, batches: Batch) -> Evaluated:
     """All examples in one row, fillers left out."""
-    score, labels, weights = jax.device_get((score, batches.labels, batches.weights))
-    real = weights > 0
-    return Evaluated(jax.tree.map(lambda x: x[real], score), labels[real])
+    real = np.asarray(batches.weights) > 0
+    return Evaluated(*(np.asarray(x)[real] for x in (*jax.device_get(score), batches.labels)))
 
 
 def measure(found: Evaluated, metrics: Sequence[str]) -> dict[str, float]:
-    """The loss per label or token, for language models the part of tokens that is right, and ``metrics``."""
-    score: Any = found.score
-    values = {"loss": mean(score.loss, score.count)}
+    """The loss per label or token, and ``metrics``; without any, the part of tokens that is right.
+
+    A metric that is not defined, such as a correlation with a constant, is left out.
+    """
+    values = {"loss": mean(found.loss, found.count)}
     if not metrics:
-        values["token_accuracy"] = mean(score.correct, score.count)
-    return values | {name: METRICS[name](score.predicted, found.labels) for name in metrics}
+        values["token_accuracy"] = mean(found.correct, found.count)
+    values |= {name: METRICS[name](found.predicted, found.labels) for name in metrics}
+    return {name: value for name, value in values.items() if name == "loss" or not math.isnan(value)}
 
 
-def mean(sums: Any, counts: Any) -> float:
+def mean(sums: Float[np.ndarray, " n"], counts: Float[np.ndarray, " n"]) -> float:
     """The mean over all that was asked.
 
     >>> mean(np.array([3.0, 0.0]), np.array([1.0, 1.0]))

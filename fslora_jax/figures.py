@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from fslora_jax.metrics import headline
+
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 """Eight colours that the colour-blind tell apart (Okabe and Ito 2008)."""
 
@@ -41,19 +43,21 @@ def partition_figure(
 
 
 def run_figures(records: Sequence[Mapping[str, float]], folder: Path) -> None:
-    """Draw ``accuracy.png``, ``loss.png`` and ``traffic.png`` of a run from its metrics."""
+    """Draw the main metric (such as ``accuracy.png``), ``loss.png`` and ``traffic.png`` of a run's metrics."""
     folder.mkdir(parents=True, exist_ok=True)
     trained = [r for r in records if "train/loss" in r]
-    evaluated = [r for r in records if "eval/accuracy" in r]
+    metric = headline(records)
+    name = metric.removeprefix("eval/")
+    evaluated = [r for r in records if metric in r]
 
     def column(rows: Sequence[Mapping[str, float]], name: str) -> list[float]:
         return [row.get(name, 0.0) for row in rows]
 
-    figure, axes = _axes("rounds", "accuracy on held-out examples")
-    axes.plot(column(evaluated, "round"), column(evaluated, "eval/accuracy"), "o-", color=OKABE_ITO[0])
-    _save(figure, folder / "accuracy.png")
+    figure, axes = _axes("rounds", f"{name} on held-out examples")
+    axes.plot(column(evaluated, "round"), column(evaluated, metric), "o-", color=OKABE_ITO[0])
+    _save(figure, folder / f"{name}.png")
 
-    figure, axes = _axes("rounds", "cross-entropy")
+    figure, axes = _axes("rounds", "loss")
     axes.plot(
         column(trained, "round"), column(trained, "train/loss"), color=OKABE_ITO[1], label="clients' training"
     )
@@ -63,10 +67,10 @@ def run_figures(records: Sequence[Mapping[str, float]], folder: Path) -> None:
     axes.legend(frameon=False)
     _save(figure, folder / "loss.png")
 
-    figure, axes = _axes("sent so far (MB, all clients)", "accuracy on held-out examples")
+    figure, axes = _axes("sent so far (MB, all clients)", f"{name} on held-out examples")
     for way, colour in (("up", OKABE_ITO[2]), ("down", OKABE_ITO[3])):
         sent = np.array(column(evaluated, f"traffic/{way}_bytes")) / 1e6
-        axes.plot(sent, column(evaluated, "eval/accuracy"), "o-", color=colour, label=way)
+        axes.plot(sent, column(evaluated, metric), "o-", color=colour, label=way)
     axes.legend(frameon=False)
     _save(figure, folder / "traffic.png")
 

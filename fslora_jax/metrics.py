@@ -1,6 +1,6 @@
 """What predictions are worth, as scikit-learn and scipy define it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 from jaxtyping import Int, Real
@@ -61,6 +61,16 @@ METRICS: dict[str, Callable[[Predictions, Predictions], float]] = {
     "spearmanr": spearmanr,
 }
 """Name, as in GLUE -> the function of predictions and labels."""
+
+
+def headline(records: Iterable[Mapping[str, float]]) -> str:
+    """The evaluation's main metric, by which a run is shown: the first one behind the loss.
+
+    >>> headline([{"round": 0, "eval/loss": 1.0}, {"eval/loss": 0.9, "eval/f1": 0.5, "eval/accuracy": 0.6}])
+    'eval/f1'
+    """
+    names = (name for record in records for name in record if name.startswith("eval/"))
+    return next((name for name in names if name != "eval/loss"), "eval/loss")
 
 
 def _confusion(predicted: Predictions, expected: Predictions) -> Int[np.ndarray, "labels labels"]:

@@ -18,7 +18,7 @@ from fslora_jax.config import Config, load_config
 from fslora_jax.data.batches import BatchShape, make_batch
 from fslora_jax.federation.client import train_client
 from fslora_jax.federation.results import load_round
-from fslora_jax.federation.setup import load_examples, tokenise
+from fslora_jax.federation.examples import load_examples, tokenise
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -165,7 +165,7 @@ def last_evaluation(run: Path) -> dict[str, float]:
 def held_out(finished, tmp_path_factory) -> Path:
     """The run's held-out examples as a file."""
     config = load_config(finished / "config.yaml")
-    _, test = load_examples(config.data, config.seed)
+    _, test = load_examples(config.data, config.seed, Path(config.model.name))
     path = tmp_path_factory.mktemp("held-out") / "held-out.jsonl"
     rows = zip(test.texts[0], test.labels, strict=True)
     lines = [json.dumps({"text": text, "label": test.label_names[label]}) for text, label in rows]
@@ -246,8 +246,8 @@ def test_an_exported_client_computes_the_same_under_peft_at_its_own_rank(
 
     config, federation, server = load_round(finished, None)
     local = train_client(config, federation, server, client)
-    _, test = load_examples(config.data, config.seed)
-    store = tokenise(world.model, federation.task.model, test, config.data.max_length)
+    _, test = load_examples(config.data, config.seed, Path(config.model.name))
+    store = tokenise(world.model, federation.task.model, test, config.data)
     everything = np.arange(len(test.labels))
     batch = make_batch(store, test.labels, everything, BatchShape(len(everything), 12, 0), pack=False)
     held, batch = jax.tree.map(lambda x: jnp.asarray(x)[None], (local, batch))

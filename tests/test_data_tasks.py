@@ -1,234 +1,270 @@
-"""Every format gives the same examples; every fault is one line that names the file and the place."""
+"""Each task against its data: GLUE as the hub has it and as its own files have it, prompts to the letter, chats."""
 
 import json
 import os
 from pathlib import Path
+from typing import get_args
 
 import datasets
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import transformers
+from runs import make_tokenizer
 
-from fslora_jax.data.tasks import Examples, load_file, load_hub, split_examples
+from fslora_jax.config import DataConfig, TaskName
+from fslora_jax.data.chat import chat_prompts
+from fslora_jax.data.prompts import alpaca, commonsense
+from fslora_jax.data.tasks import TASKS
 from fslora_jax.errors import UserError
+from fslora_jax.federation.examples import find_examples, load_examples
+from fslora_jax.metrics import METRICS
 
-TEXTS = ['a "stray quote', "two, with a comma", "tschüß \u2028 and \x85 inside", "last"]
-LABELS = ["10", "9", "9", "10"]
-
-
-def write(folder: Path, name: str, content: str | bytes) -> Path:
-    path = folder / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
+NOWHERE = Path("no model")
+DATA = os.environ.get("FSLORA_DATA")
+needs_data = pytest.mark.skipif(DATA is None, reason="FSLORA_DATA names no folder with GLUE and commonsense")
+GLUE = [name for name, task in TASKS.items() if task.home]
 
 
-def load(path: Path, **options) -> Examples:
-    return load_file(path, **{"text_columns": ["text"], "label_column": "label", **options})
+def flat(annotation) -> set[str]:
+    return set().union(*(flat(x) if get_args(x) else {x} for x in get_args(annotation)))
 
 
-def error_of(path: Path, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        load(path, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert str(path) in message
-    return message.removeprefix(str(path))
+def test_the_config_knows_every_task():
+    assert flat(TaskName) == set(TASKS)
+    assert all(metric in METRICS for task in TASKS.values() for metric in task.metrics)
 
 
-def contents() -> dict[str, str]:
-    quoted = [text.replace('"', '""') for text in TEXTS]
-    records = [{"text": t, "label": int(x)} for t, x in zip(TEXTS, LABELS, strict=True)]
-    pairs = list(zip(TEXTS, LABELS, strict=True))
-    return {
-        "x.tsv": "text\tlabel\n" + "".join(f"{t}\t{x}\n" for t, x in pairs),
-        "windows.tsv": "\ufefftext\tlabel\r\n" + "".join(f"{t}\t{x}\r\n" for t, x in pairs),
-        "x.csv": "text,label\n" + "".join(f'"{t}",{x}\n' for t, x in zip(quoted, LABELS, strict=True)),
-        "x.jsonl": "\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "\n\n",
-        "X.JSON": json.dumps(records, indent=1),
+def texts_and_label(task: str, i: int) -> tuple[list[str], int | float]:
+    """A made example of a task, as the hub has it: its label is a number."""
+    names = TASKS[task].label_names
+    return [f'text {i} "', f"other {i}"][: len(TASKS[task].home.columns.texts)], i % len(
+        names
+    ) if names else i / 2
+
+
+def write_original(folder: Path, task: str) -> None:
+    """The task's own files: columns that nobody reads are there as well, and some have the labels' names."""
+    folder.mkdir()
+    home, names = TASKS[task].home, TASKS[task].label_names
+    for number, file in zip((6, 4), TASKS[task].files, strict=True):
+        rows = []
+        for i in range(number):
+            texts, label = texts_and_label(task, i)
+            shown = names[label] if task in ("rte", "qnli", "mnli", "mnli_mismatched") else label
+            row = {"0": "extra"} | dict(zip(home.original.texts, texts, strict=True))
+            rows.append(row | {home.original.label: str(shown), "2": "extra"})
+        headerless = home.original.label.isdigit()
+        lines = ["\t".join(row[name] for name in (sorted(row) if headerless else row)) for row in rows]
+        (folder / file).write_text("\n".join(lines if headerless else ["\t".join(rows[0]), *lines]) + "\n")
+
+
+@pytest.mark.parametrize("task", GLUE)
+def test_original_files_and_the_hub_give_the_same(task, tmp_path, monkeypatch):
+    home, names = TASKS[task].home, TASKS[task].label_names
+    write_original(tmp_path / "glue", task)
+    train, test = load_examples(DataConfig(task=task, name=str(tmp_path / "glue")), 0, NOWHERE)
+    assert (len(train.labels), len(test.labels)) == (6, 4)
+    assert train.label_names == (names or ())
+
+    def load_dataset(repository, config, split):
+        assert f"{repository}:{config}" == home.hub
+        found = [texts_and_label(task, i) for i in range({home.splits[0]: 6, home.splits[1]: 4}[split])]
+        columns = {name: [texts[n] for texts, _ in found] for n, name in enumerate(home.columns.texts)}
+        data = datasets.Dataset.from_dict(columns | {"label": [label for _, label in found]})
+        return data.cast_column("label", datasets.ClassLabel(names=list(names))) if names else data
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("fslora_jax.hub._ask_hub", lambda *args: None)
+    for mine, theirs in zip((train, test), load_examples(DataConfig(task=task), 0, NOWHERE), strict=True):
+        assert mine.texts == theirs.texts
+        assert mine.labels.tolist() == theirs.labels.tolist()
+        assert mine.label_names == theirs.label_names
+
+
+def test_a_local_copy_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "glue"
+    (folder / "rte").mkdir(parents=True)
+    for split, count in (("train", 6), ("validation", 4)):
+        columns = {
+            "sentence1": ["a"] * count,
+            "sentence2": ["b"] * count,
+            "label": [i % 2 for i in range(count)],
+        }
+        data = datasets.Dataset.from_dict(columns)
+        data = data.cast_column("label", datasets.ClassLabel(names=list(TASKS["rte"].label_names)))
+        data.to_parquet(folder / "rte" / f"{split}-00000-of-00001.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: rte\n  data_files:\n"
+        + "".join(f"  - {{split: {s}, path: rte/{s}-*}}\n" for s in ("train", "validation"))
+        + "---\n"
+    )
+    train, test = load_examples(DataConfig(task="rte", name=str(folder)), 0, NOWHERE)
+    assert (len(train.labels), test.labels.tolist()) == (6, [0, 1, 0, 1])
+
+
+def test_damaged_rows_of_qqp_are_passed_over(tmp_path):
+    write_original(tmp_path / "qqp", "qqp")
+    with (tmp_path / "qqp" / "train.tsv").open("a") as file:
+        file.write("half a row\n")
+    assert len(find_examples(DataConfig(task="qqp", name=str(tmp_path / "qqp")), NOWHERE).labels) == 6
+
+
+def test_data_without_a_place():
+    with pytest.raises(UserError, match=r"^data\.name: missing; expected a file"):
+        find_examples(DataConfig(), NOWHERE)
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("task", "folder", "train", "dev"),
+    [
+        ("sst2", "SST-2", 67_349, 872),
+        ("cola", "CoLA", 8_551, 1_043),
+        ("mrpc", "MRPC", 3_667, 408),
+        ("rte", "RTE", 2_490, 277),
+    ],
+)
+def test_real_glue(task, folder, train, dev):
+    found = load_examples(DataConfig(task=task, name=f"{DATA}/glue/{folder}"), 0, NOWHERE)
+    for examples, count in zip(found, (train, dev), strict=True):
+        assert [len(texts) for texts in examples.texts] == [count] * len(examples.texts)
+        assert examples.label_names == TASKS[task].label_names
+        assert all(np.bincount(examples.labels) > count / 5)
+        assert all(text.strip() for texts in examples.texts for text in texts)
+
+
+PAPER = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n"
+    "\n                ### Instruction:\n                {instruction}\n                "
+    "\n                ### Response:\n                {output}"
+)
+
+
+def test_the_paper_s_prompt():
+    record = {
+        "instruction": "Is it?\n\nAnswer format: true/false",
+        "input": "",
+        "output": "the correct answer is false",
+        "answer": "false",
     }
-
-
-@pytest.mark.parametrize("name", contents())
-def test_every_format_gives_the_same_examples(tmp_path, name):
-    examples = load(write(tmp_path, name, contents()[name]))
-    assert examples.texts == (TEXTS,)
-    assert examples.label_names == ("9", "10")
-    assert examples.labels.tolist() == [1, 0, 0, 1]
-    assert examples.labels.dtype == np.int32
-
-
-def test_columns_without_a_header_are_positions(tmp_path):
-    path = write(tmp_path, "x.tsv", "gj04\t1\t\tfirst\ngj04\t0\t*\tsecond")
-    examples = load(path, text_columns=["3"], label_column="1")
-    assert examples.texts == (["first", "second"],)
-    assert examples.labels.tolist() == [1, 0]
-
-
-def test_pairs_and_given_label_names(tmp_path):
-    path = write(tmp_path, "x.csv", 'a,b,label\np,"q\nr",yes\ns,t,no\n')
-    examples = load(path, text_columns=["b", "a"], label_names=["yes", "no", "never"])
-    assert examples.texts == (["q\nr", "t"], ["p", "s"])
-    assert examples.label_names == ("yes", "no", "never")
-    assert examples.labels.tolist() == [0, 1]
-
-
-FAULTS = {
-    "empty": ("x.csv", "", ": holds no examples"),
-    "only a header": ("x.csv", "text,label\n", ": holds no examples"),
-    "no records": ("x.json", "\n", ": holds no examples"),
-    "format": ("x.parquet", "PAR1", ": unknown format '.parquet'"),
-    "encoding": ("x.csv", b"\xef\xbb\xbftext,label\nok,1\n\xff,0\n", ", line 3: not UTF-8 at byte 19"),
-    "text column": (
-        "x.tsv",
-        "body\tlabel\na\t1\n",
-        ", line 1: no columns named 'text'; the columns are",
-    ),
-    "label column": (
-        "x.csv",
-        "text,y\na,1\n",
-        ", line 1: no columns named 'label'; the columns are",
-    ),
-    "twice": ("x.csv", "text,label,text\na,1,b\n", ", line 1: 2 columns named 'text'"),
-    "key": ("x.jsonl", '{"text":"a","label":1}\n{"text":"b"}', ", line 2: no columns named 'label'"),
-    "short row": ("x.tsv", "text\tlabel\na\t1\nb\n", ", line 3: found 1 fields; expected 2"),
-    "long row": ("x.csv", 'text,label\n"a\nb",1\nc,d,0\n', ", line 4: found 3 fields; expected 2"),
-    "open quote": ("x.csv", 'text,label\na,1\n"b,0\nc,1\n', ", line 3: malformed row"),
-    "json line": ("x.jsonl", '{"text":"a","label":1}\n\n{"text":\n', ", line 3, column 9: malformed JSON"),
-    "json": ("x.json", '\n[{"text": "a",\n  "label": }]', ", line 3, column 12: malformed JSON"),
-    "no list": ("x.json", '{"data": []}', ", line 1: found {'data': []}; expected a list"),
-    "no object": (
-        "x.jsonl",
-        '{"text":"a","label":1}\n["b",0]',
-        ", line 2: found ['b', 0]; expected an",
-    ),
-    "null text": (
-        "x.jsonl",
-        '{"text":null,"label":1}',
-        ", line 1: column 'text' holds None; expected",
-    ),
-    "null label": ("x.json", '[{"text":"a","label":null}]', ", record 1: column 'label' holds None"),
-    "float label": ("x.jsonl", '{"text":"a","label":1.5}', ", line 1: column 'label' holds 1.5"),
-    "blank label": ("x.csv", "text,label\na,1\nb,\n", ", line 3: column 'label' holds ''"),
-    "one label": ("x.csv", "text,label\na,1\nb,1\n", ": every label is '1'; expected at least two"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_names_the_file_and_the_place(tmp_path, fault):
-    name, content, expected = FAULTS[fault]
-    assert error_of(write(tmp_path, name, content)).startswith(expected)
-
-
-def test_a_label_outside_label_names(tmp_path):
-    path = write(tmp_path, "x.csv", "text,label\na,1\nb,2\n")
-    assert error_of(path, label_names=["0", "1"]) == ", line 3: label '2' is not among label_names ('0', '1')"
-
-
-def test_a_missing_file_and_a_folder(tmp_path):
-    assert "No such file" in error_of(tmp_path / "none.csv")
-    (tmp_path / "folder.csv").mkdir()
-    assert "Is a directory" in error_of(tmp_path / "folder.csv")
-
-
-def test_a_missing_position_lists_those_there_are(tmp_path):
-    path = write(tmp_path, "x.tsv", "a\t1\nb\t0\n")
-    expected = ", line 1: no columns named '3'; the columns are '0', '1'"
-    assert error_of(path, text_columns=["3"], label_column="1") == expected
-
-
-@pytest.mark.parametrize("options", [{"text_columns": []}, {"label_names": ["1", "2", "1"]}])
-def test_bad_arguments(tmp_path, options):
-    path = write(tmp_path, "x.csv", "text,label\na,1\nb,2\n")
-    with pytest.raises(UserError, match=r"text_columns has 0 names|label_names repeats a name"):
-        load(path, **options)
-
-
-@given(n=st.integers(2, 40), data=st.data())
-def test_a_holdout_divides_the_examples(n, data):
-    num_test = data.draw(st.integers(1, n - 1))
-    examples = Examples(
-        ([str(i) for i in range(n)],), np.arange(n, dtype=np.int32), tuple(map(str, range(n)))
+    found = commonsense("here", record)
+    assert found.prompt + found.completion == PAPER.format(**record)
+    assert found.options == (" the correct answer is true", " the correct answer is false")
+    assert found.completion == found.options[1]
+    assert (
+        "\n                ### Input:\n                More.\n"
+        in commonsense("here", record | {"input": "More."}).prompt
     )
-    train, test = split_examples(examples, num_test, np.random.default_rng(0))
-    again, _ = split_examples(examples, num_test, np.random.default_rng(0))
-    assert len(test.labels) == num_test
-    assert train.texts == again.texts
-    for part in (train, test):
-        assert part.texts[0] == [str(i) for i in part.labels] == sorted(part.texts[0], key=int)
-    assert sorted([*train.labels, *test.labels]) == list(range(n))
 
 
-@pytest.mark.parametrize("num_test", [-1, 0, 4, 5])
-def test_a_holdout_out_of_range(num_test):
-    examples = Examples((["a"] * 4,), np.arange(4, dtype=np.int32), ("0", "1"))
-    with pytest.raises(UserError, match=f"test_examples is {num_test}; expected 1 to 3"):
-        split_examples(examples, num_test, np.random.default_rng(0))
+@pytest.mark.parametrize("change", [{"answer": "maybe"}, {"output": "no"}, {"instruction": "Is it?"}])
+def test_an_answer_that_is_no_option(change):
+    record = {"instruction": "?\nAnswer format: yes/no", "input": "", "output": "It is yes", "answer": "yes"}
+    assert commonsense("here", record).names == ("yes", "no")
+    with pytest.raises(UserError, match=r"^here: the answer is .*; expected one of the options"):
+        commonsense("here", record | change)
 
 
-def hub(monkeypatch, columns: dict, names: list[str] | None = None) -> list:
-    calls = []
-    data = datasets.Dataset.from_dict(columns)
-    if names:
-        data = data.cast_column("label", datasets.ClassLabel(names=names))
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *args, **options: calls.append((args, options)) or data
+@needs_data
+def test_all_real_commonsense_records():
+    counts = {"ARC-Challenge": 1172, "ARC-Easy": 2376, "boolq": 3270, "openbookqa": 500}
+    counts |= {"piqa": 1838, "social_i_qa": 1954, "winogrande": 1267}
+    data = DataConfig(task="commonsense", name=f"{DATA}/commonsense", parts=tuple(counts))
+    found = find_examples(data, NOWHERE, held_out=True)
+    assert {name: found.groups.count(name) for name in counts} == counts
+    for completion, options, label in zip(found.texts[1], found.options, found.labels, strict=True):
+        assert completion in options
+        assert completion.endswith(found.label_names[label])
+
+
+def test_parts_need_their_files(tmp_path):
+    data = DataConfig(task="commonsense", name=str(tmp_path), parts=("ARC-Easy",))
+    (tmp_path / "ARC-Easy").mkdir()
+    with pytest.raises(UserError, match=r"ARC-Easy/train\.json: cannot read it \(No such file"):
+        find_examples(data, NOWHERE)
+
+
+def write_records(folder: Path, records: list) -> str:
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    return str(path)
+
+
+def test_alpaca_records(tmp_path):
+    path = write_records(
+        tmp_path,
+        [{"instruction": "Add.", "input": "1 1", "output": "2"}, {"instruction": "Hi", "output": "Ho"}],
     )
-    return calls
+    found = find_examples(DataConfig(task="alpaca", name=path), NOWHERE)
+    assert found.texts[1] == ["2", "Ho"]
+    assert "### Input:\n1 1\n" in found.texts[0][0]
+    assert "Input" not in found.texts[0][1]
+    assert found.texts[0][0] == alpaca("", {"instruction": "Add.", "input": "1 1", "output": "2"}).prompt
+    with pytest.raises(UserError, match=r"data\.jsonl, line 1: the answer is empty"):
+        find_examples(
+            DataConfig(task="alpaca", name=write_records(tmp_path, [{"instruction": "a", "output": " "}])),
+            NOWHERE,
+        )
 
 
-def test_the_hub_declares_label_names(monkeypatch):
-    calls = hub(monkeypatch, {"text": ["a", "b"], "label": [1, 0], "idx": [0, 1]}, ["pos", "neg", "none"])
-    found = load_hub("owner/name:sst2", split="train", text_columns=["text"], label_column="label")
-    assert calls == [(("owner/name", "sst2"), {"split": "train"})]
-    assert found.texts == (["a", "b"],)
-    assert found.label_names == ("pos", "neg", "none")
-    assert found.labels.tolist() == [1, 0]
-
-
-def test_the_hub_without_label_names(monkeypatch):
-    calls = hub(monkeypatch, {"text": ["a", "b", "c"], "label": [10, 9, 10]})
-    found = load_hub("name", split="dev", text_columns=["text"], label_column="label")
-    assert calls == [(("name", None), {"split": "dev"})]
-    assert (found.label_names, found.labels.tolist()) == (("9", "10"), [1, 0, 1])
-
-
-def test_an_unlabelled_split_of_the_hub_is_refused(monkeypatch):
-    hub(monkeypatch, {"text": ["a", "b"], "label": [-1, 0]}, ["neg", "pos"])
-    with pytest.raises(UserError, match=r"data set name, split test, row 0: label '-1' is not among"):
-        load_hub("name", split="test", text_columns=["text"], label_column="label")
-
-
-def test_the_hub_names_a_missing_column(monkeypatch):
-    hub(monkeypatch, {"sentence": ["a", "b"], "label": [1, 0]})
-    with pytest.raises(UserError, match="no columns named 'text'; the columns are 'sentence', 'label'"):
-        load_hub("name", split="train", text_columns=["text"], label_column="label")
-
-
-def test_a_failing_hub_is_one_line(monkeypatch):
-    def fail(*args, **options):
-        raise ConnectionError("no route\nto host")
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError, match=r"^data set name, split train: .*ConnectionError: no route to host"):
-        load_hub("name", split="train", text_columns=["text"], label_column="label")
-
-
-REAL = [
-    ("SST-2", ["sentence"], "label", 67_349, 872, ("0", "1")),
-    ("CoLA", ["3"], "1", 8_551, 1_043, ("0", "1")),
-    ("MRPC", ["#1 String", "#2 String"], "Quality", 3_667, 408, ("0", "1")),
-    ("RTE", ["sentence1", "sentence2"], "label", 2_490, 277, ("entailment", "not_entailment")),
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] }}"
+    "{{ '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+TURNS = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "tschüß {{ 7 * 7 }}"},
+    {"role": "assistant", "content": "a"},
+    {"role": "user", "content": "b"},
+    {"role": "assistant", "content": "c"},
 ]
 
 
-@pytest.mark.skipif("FSLORA_DATA" not in os.environ, reason="FSLORA_DATA names no folder with the GLUE data")
-@pytest.mark.parametrize(("task", "columns", "label", "train", "dev", "names"), REAL)
-def test_real_data(task, columns, label, train, dev, names):
-    for split, count in (("train", train), ("dev", dev)):
-        path = Path(os.environ["FSLORA_DATA"]) / "glue" / task / f"{split}.tsv"
-        examples = load_file(path, text_columns=columns, label_column=label)
-        assert [len(texts) for texts in examples.texts] == [count] * len(columns)
-        assert examples.label_names == names
-        assert all(np.bincount(examples.labels) > count / 5)
-        assert all(text.strip() for texts in examples.texts for text in texts)
+def save_chat(folder: Path, template: str, **config) -> Path:
+    make_tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]"]).save(str(folder / "tokenizer.json"))
+    content = {
+        "chat_template": template,
+        "bos_token": {"__type": "AddedToken", "content": "[CLS]"},
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(content | config))
+    return folder
+
+
+def test_chats_are_rendered_as_by_transformers(tmp_path):
+    folder = save_chat(tmp_path, TEMPLATE)
+    found = chat_prompts(folder)("here", {"messages": TURNS})
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert found.prompt == theirs.apply_chat_template(TURNS[:-1], tokenize=False, add_generation_prompt=True)
+    assert found.prompt + found.completion == theirs.apply_chat_template(TURNS, tokenize=False)
+    assert found.completion == "c<|end|>\n"
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }};{% endfor %}")
+    assert chat_prompts(folder)("here", {"messages": TURNS}).completion == "c;"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for %}", "the chat template is damaged"),
+        (
+            "{{ raise_exception('no system turns') }}",
+            r"here: the model's chat template refuses it \(no system turns\)",
+        ),
+        ("{{ messages.__class__.__mro__ }}", "refuses it"),
+        ("{{ messages | length }}", "changes what was said before"),
+        (None, "no chat template"),
+    ],
+)
+def test_templates_that_are_refused(tmp_path, template, message):
+    with pytest.raises(UserError, match=message):
+        chat_prompts(save_chat(tmp_path, template))("here", {"messages": TURNS})
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[], "hi", [{"role": "boss", "content": "a"}], TURNS[:2], [{"role": "assistant", "content": None}]],
+)
+def test_conversations_that_are_refused(tmp_path, messages):
+    with pytest.raises(UserError, match=r"^here: "):
+        chat_prompts(save_chat(tmp_path, TEMPLATE))("here", {"messages": messages})

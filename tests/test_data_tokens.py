@@ -1,5 +1,6 @@
 """Tokenising against tokenizers itself, one example at a time."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ def test_texts_in_several_chunks(monkeypatch):
     assert rows(store, store.tokens) == [[2, 4, 5, 6, 3], [2, 3], [2, 7, 3], [2, 8, 9, 10, 11, 4, 5, 3]]
     assert store.lengths.tolist() == [5, 2, 3, 8]
     assert not store.types.any()
-    assert [part.dtype for part in store] == [np.int32, np.int64, np.int8]
+    assert [part.dtype for part in store[:4]] == [np.int32, np.int64, np.int8, np.int8]
 
 
 def test_pairs_have_types():
@@ -100,3 +101,58 @@ def test_no_room_beside_the_special_tokens(texts, least):
 def test_an_example_without_tokens():
     with pytest.raises(UserError, match="example 1 has no tokens"):
         encode(build(special=False), (FIRST,), 16, len(WORDS))
+
+
+PROMPTS, COMPLETIONS = ["a b c", "a", "", "a b"], [" d e", " b", "c d e", " h h h h"]
+
+
+def encode_all(max_length: int = 99, **options) -> TokenStore:
+    """Texts that begin with [CLS] and end with [SEP]."""
+    tokenizer = build(special=False)
+    tokenizer.add_special_tokens(["[CLS]", "[SEP]"])
+    tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single="[CLS] $A", special_tokens=[("[CLS]", 2)]
+    )
+    options = {"end": 3} | options
+    return tokens.encode_prompts(tokenizer, (PROMPTS, COMPLETIONS), max_length, len(WORDS), **options)
+
+
+def test_completions_are_learned_and_prompts_are_not():
+    store = encode_all()
+    assert rows(store, store.tokens)[:3] == [[2, 4, 5, 6, 7, 8, 3], [2, 4, 5, 3], [2, 6, 7, 8, 3]]
+    assert rows(store, store.learned)[:3] == [[0, 0, 0, 0, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1, 1]]
+    assert store.truncated == 0
+
+
+def test_all_but_the_first_token_is_learned_on_request():
+    assert rows(encode_all(), encode_all(learn_all=True).learned)[1] == [0, 1, 1, 1]
+
+
+def test_texts_with_special_tokens_of_their_own():
+    store = encode_all(end=None)
+    assert rows(store, store.tokens)[1:3] == [[4, 5], [6, 7, 8]]
+    assert rows(store, store.learned)[1:3] == [[0, 1], [0, 1, 1]]
+
+
+def test_a_prompt_too_long_loses_its_beginning_and_the_completion_stays():
+    store = encode_all(5)
+    assert rows(store, store.tokens) == [[2, 6, 7, 8, 3], [2, 4, 5, 3], [2, 6, 7, 8, 3], [2, 11, 11, 11, 11]]
+    assert rows(store, store.learned)[0] == [0, 0, 1, 1, 1]
+    assert store.truncated == 2
+    assert encode(build(), (FIRST,), 4, len(WORDS)).truncated == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [
+        ({"tokenizer_config": {"eos_token": "[SEP]"}, "config": {"eos_token_id": 7}}, 3),
+        ({"tokenizer_config": {"eos_token": {"content": "[SEP]"}}}, 3),
+        ({"config": {"eos_token_id": [5, 6]}}, 5),
+    ],
+)
+def test_the_end_of_a_text(tmp_path, said, number):
+    with pytest.raises(UserError, match="no end of text"):
+        tokens.end_token(tmp_path, build())
+    for name, content in said.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert tokens.end_token(tmp_path, build()) == number

@@ -61,8 +61,7 @@ def test_fillers_do_not_count(score):
 def test_numbers_are_scored_by_their_squared_error():
     batch = batch_of(np.array([[1.5, -2.0]], np.float32), np.ones((1, 2)))
     found = measure(gather(of_numbers(jnp.array([[[1.0], [1.0]]]), batch), batch), ["pearson"])
-    assert found["loss"] == pytest.approx((0.25 + 9) / 2)
-    assert np.isnan(found["pearson"])
+    assert found == {"loss": pytest.approx((0.25 + 9) / 2)}  # the correlation with a constant is not defined
 
 
 @settings(max_examples=20, deadline=None)
@@ -106,7 +105,7 @@ def test_an_evaluation_is_one_pass_over_all_batches_with_the_whole_adapter():
     batches = batch_of(np.array([[0, 1, 2, 0], [2, 1, 0, 0]]), np.array([[1, 1, 1, 1], [1, 1, 0, 0]]))
     score_all = make_evaluation(score, spec)
     found = gather(score_all(jnp.float32(0.1), Trainable({"m": pair}, {}), batches), batches)
-    assert found.labels.tolist() == found.score.predicted.tolist() == [0, 1, 2, 0, 2, 1]
+    assert found.labels.tolist() == found.predicted.tolist() == [0, 1, 2, 0, 2, 1]
     hot = 0.1 * 0.5 * 15
     assert measure(found, ["accuracy"]) == {
         "loss": pytest.approx(np.log(np.exp(hot) + 2) - hot, rel=1e-5),

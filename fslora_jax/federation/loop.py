@@ -85,7 +85,8 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
     evaluation = make_evaluation(federation.task.model.score, federation.spec)
 
     def evaluate(server: Server) -> dict[str, float]:
-        found = measure(gather(evaluation(base, server.weights, test), federation.task.test), ["accuracy"])
+        scores = evaluation(base, server.weights, test)
+        found = measure(gather(scores, federation.task.test), federation.task.metrics)
         if not math.isfinite(found["loss"]):
             raise UserError(
                 f"round {int(server.round)}: loss {found['loss']} on the held-out examples; lower "
@@ -230,7 +231,7 @@ def summarise(
     config: Config, federation: Federation, records: list[dict], run_dir: Path, compile_seconds: float
 ) -> dict[str, Any]:
     """What the run found, as the last table shows it."""
-    evaluations = [r for r in records if "eval/accuracy" in r]
+    evaluations = [r for r in records if "eval/loss" in r]
     seconds = [r["seconds"] for r in read_records(run_dir / "timings.jsonl")]
     full = client_traffic(federation, config.lora.r)
     tiers = []

@@ -10,10 +10,12 @@ from fslora_jax.adapters.spec import adapter_config, client_config
 from fslora_jax.adapters.write import write_adapter
 from fslora_jax.checkpoint import Checkpoints
 from fslora_jax.config import Config, DataConfig, MeshConfig
+from fslora_jax.data.tasks import TASKS
 from fslora_jax.errors import UserError
 from fslora_jax.evaluate import gather, make_evaluation, measure
 from fslora_jax.federation.client import train_client
-from fslora_jax.federation.setup import Federation, find_examples, initial_server, set_up, test_batches
+from fslora_jax.federation.examples import find_examples, outputs
+from fslora_jax.federation.setup import Federation, initial_server, set_up, test_batches
 from fslora_jax.methods import Server
 from fslora_jax.models import load_model
 from fslora_jax.rundir import load_run_config
@@ -75,27 +77,29 @@ def evaluate_run(run_dir: Path, data: DataConfig | None = None) -> dict[str, flo
     """Metrics of a run's newest global adapter, on its held-out examples or on others."""
     config, federation, server = load_round(run_dir, None)
     task = federation.task
-    test = task.test
+    test, metrics = task.test, task.metrics
     if data is not None:
-        labelled = data.model_copy(update={"label_names": task.label_names})
-        folder = hub.resolve_model(config.model.name)
-        test = test_batches(folder, task.model, find_examples(labelled), labelled)
+        folder, metrics = hub.resolve_model(config.model.name), TASKS[data.task].metrics
+        labelled = data.model_copy(update={"label_names": task.label_names or None})
+        examples = find_examples(labelled, folder, held_out=True)
+        test = test_batches(folder, task.model, examples, labelled)
     score = make_evaluation(task.model.score, federation.spec)(task.base, server.weights, test)
-    return measure(gather(score, test), ["accuracy"])
+    return measure(gather(score, test), metrics)
 
 
 def evaluate_adapter(folder: Path, data: DataConfig) -> dict[str, float]:
     """Metrics of a PEFT adapter folder on labelled texts."""
     saved = read_adapter(folder)
     base_folder = hub.resolve_model(saved.config.base_model_name_or_path)
-    test = find_examples(data.model_copy(update={"label_names": saved.label_names or data.label_names}))
+    labelled = data.model_copy(update={"label_names": saved.label_names or data.label_names})
+    test = find_examples(labelled, base_folder, held_out=True)
     model, base = load_model(
         base_folder,
-        num_labels=len(test.label_names),
+        num_labels=outputs(data, test),
         pooling=POOLING_OF[saved.config.task_type],
         dtype="float32",
     )
     check_fits(saved, model)
     batches = test_batches(base_folder, model, test, data)
     score = make_evaluation(model.score, saved.spec)(base, Trainable(saved.adapter, saved.head), batches)
-    return measure(gather(score, batches), ["accuracy"])
+    return measure(gather(score, batches), TASKS[data.task].metrics)

@@ -14,11 +14,11 @@ from fslora_jax import hub
 from fslora_jax.adapters.spec import model_spec
 from fslora_jax.config import ClientOptimizerConfig, Config, DataConfig
 from fslora_jax.data.batches import BatchShape, eval_batches
+from fslora_jax.data.examples import Examples
 from fslora_jax.data.partition import PARTITIONS, Partition, check_partition
-from fslora_jax.data.tasks import Examples, load_file, load_hub, split_examples
-from fslora_jax.data.tokens import TokenStore, encode, load_tokenizer
-from fslora_jax.errors import UserError
+from fslora_jax.data.tasks import TASKS
 from fslora_jax.federation.cohort import Layout, plan_layout, sample_cohort
+from fslora_jax.federation.examples import load_examples, outputs, tokenise
 from fslora_jax.federation.feed import Population, Steps, best_row_length, plan_shape
 from fslora_jax.federation.local import ClientOptimizer
 from fslora_jax.methods import METHODS, Method, Server, Spec
@@ -37,6 +37,7 @@ class Task(NamedTuple):
     model: Model
     base: PyTree
     label_names: tuple[str, ...]
+    metrics: tuple[str, ...]
     population: Population
     test: Batch
 
@@ -58,10 +59,10 @@ class Federation(NamedTuple):
 def load_task(config: Config, mesh: Mesh | None) -> Task:
     """Finds, reads and tokenises what the config names, and divides it among the clients."""
     folder = hub.resolve_model(config.model.name)
-    train, test = load_examples(config.data, config.seed)
+    train, test = load_examples(config.data, config.seed, folder)
     model, base = load_model(
         folder,
-        num_labels=len(train.label_names),
+        num_labels=outputs(config.data, train),
         pooling=config.model.pooling,
         dtype=config.model.dtype,
         lora_dropout=config.lora.lora_dropout,
@@ -73,58 +74,22 @@ def load_task(config: Config, mesh: Mesh | None) -> Task:
     sizes = np.array([len(share) for share in partition], float)
     weighted = config.federation.client_weights == "examples"
     population = Population(
-        store=tokenise(folder, model, train, config.data.max_length),
+        store=tokenise(folder, model, train, config.data),
         labels=train.labels,
         examples=partition,
         ranks=client_ranks(config),
         shares=sizes if weighted else np.ones_like(sizes),
     )
     batches = test_batches(folder, model, test, config.data)
-    return Task(model, base, train.label_names, population, batches)
-
-
-def tokenise(folder: Path, model: Model, examples: Examples, max_length: int) -> TokenStore:
-    """Texts as the model's tokens.
-
-    Raises:
-      UserError: ``max_length`` is more than the model's positions, or the tokenizer is of another model.
-    """
-    if max_length > model.max_length:
-        raise UserError(
-            f"data.max_length: found {max_length}, but the model in {folder.name} takes at most "
-            f"{model.max_length} tokens; choose at most that many"
-        )
-    return encode(load_tokenizer(folder), examples.texts, max_length, model.vocab_size)
+    return Task(model, base, train.label_names, TASKS[config.data.task].metrics, population, batches)
 
 
 def test_batches(folder: Path, model: Model, test: Examples, data: DataConfig) -> Batch:
     """Held-out examples as equally shaped batches on a leading axis."""
-    store, everything = tokenise(folder, model, test, data.max_length), np.arange(len(test.labels))
+    store, everything = tokenise(folder, model, test, data), np.arange(len(test.labels))
     row_length = data.row_length or data.max_length
     batches = eval_batches(store, test.labels, everything, EVAL_EXAMPLES, row_length, data.packing)
     return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
-
-
-def load_examples(data: DataConfig, seed: int) -> tuple[Examples, Examples]:
-    """Training and held-out examples with the same label set."""
-    train = find_examples(data)
-    if data.test_name is None:
-        return split_examples(train, data.test_examples, host_rng(seed, Purpose.SPLIT))
-    test = data.model_copy(update={"name": data.test_name, "label_names": train.label_names})
-    return train, find_examples(test)
-
-
-def find_examples(data: DataConfig) -> Examples:
-    """The labelled texts of ``data.name``: a local file, the hub's, or a packaged copy."""
-    labelled = {
-        "text_columns": data.text_columns,
-        "label_column": data.label_column,
-        "label_names": data.label_names,
-    }
-    found = hub.resolve_dataset(data.name)
-    if found.path is None:
-        return load_hub(data.name, split=data.split, **labelled)
-    return load_file(found.path, **labelled)
 
 
 def divide(config: Config, train: Examples) -> Partition:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree, Real
 
 from fslora_jax.types import Batch, Local, Score
 
@@ -49,15 +49,14 @@ def of_tokens(logits: Float[Array, "C B T V"], batch: Batch) -> Score:
     targets = jnp.take_along_axis(batch.tokens, places + 1, axis=-1, mode="clip")
     segments = jnp.where(asked, jnp.take_along_axis(batch.segments, places, axis=-1), 0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    mine = jax.nn.one_hot(
-        segments - 1, batch.labels.shape[-1], dtype=losses.dtype
-    )  # nobody's where not asked
-    sums = [
-        jnp.einsum("cbt,cbte->ce", x.astype(losses.dtype), mine)
-        for x in (losses, logits.argmax(-1) == targets, asked)
-    ]
-    loss, correct, count = sums
-    return Score(loss, correct, count, jnp.zeros_like(loss))
+    # A place that is not asked is nobody's: its row is all zeros.
+    mine = jax.nn.one_hot(segments - 1, batch.labels.shape[-1], dtype=losses.dtype)
+
+    def by_example(values: Real[Array, "C B T"]) -> Float[Array, "C E"]:
+        return jnp.einsum("cbt,cbte->ce", values.astype(losses.dtype), mine)
+
+    count = by_example(asked)
+    return Score(by_example(losses), by_example(logits.argmax(-1) == targets), count, jnp.zeros_like(count))
 
 
 PIECE_BYTES = 2**28
