@@ -17,8 +17,8 @@ from fslora_jax import cli
 from fslora_jax.config import Config, load_config
 from fslora_jax.data.batches import BatchShape, make_batch
 from fslora_jax.federation.client import train_client
-from fslora_jax.federation.results import load_round
 from fslora_jax.federation.examples import load_examples, tokenise
+from fslora_jax.federation.results import load_round
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
