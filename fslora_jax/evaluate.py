@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import PyTree, Real
+from jaxtyping import Float, PyTree, Real
 
 from fslora_jax.backend import compiler_options
 from fslora_jax.federation.local import ScoreFn

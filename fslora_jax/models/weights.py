@@ -105,8 +105,7 @@ def _place(
     if placement is None:
         return jax.device_put(read((slice(None),) * len(leaf.shape)))
     name = "/".join(entry.key for entry in path)
-    sharding = placement(name, leaf.shape)
-    return jax.make_array_from_callback(leaf.shape, sharding, read)  # pyright: ignore[reportArgumentType]
+    return jax.make_array_from_callback(leaf.shape, placement(name, leaf.shape), read)
 
 
 def _read(
