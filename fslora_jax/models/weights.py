@@ -14,6 +14,7 @@ from fslora_jax.models.families import build_model, find_family
 from fslora_jax.models.family import Family
 from fslora_jax.models.gguf import open_gguf
 from fslora_jax.models.model import Model
+from fslora_jax.models.quantise import Packed, is_packed, pack_like, shape_of
 from fslora_jax.tensors import Checkpoint, Tensor, find_gguf, open_checkpoint, read_object
 
 Placement = Callable[[str, tuple[int, ...]], Sharding]
@@ -22,7 +23,7 @@ Placement = Callable[[str, tuple[int, ...]], Sharding]
 FLOATS = ("F64", "F32", "F16", "BF16", "Q8_0", "Q4_1")
 """Tensor types that a checkpoint may have."""
 
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 """Values read at a time, so that reading takes little memory beside what is read into."""
 
 PAGE = 64
@@ -82,30 +83,53 @@ def read_base(
     parts: dict[int, list[tuple[Source, Tensor]]] = {}
     for source, tensor in zip(table, tensors, strict=True):
         parts.setdefault(source.leaf, []).append((source, tensor))
-    paths, tree = jax.tree.flatten_with_path(abstract)
-    leaves = [_place(path, leaf, parts[n], placement) for n, (path, leaf) in enumerate(paths)]
+    paths, tree = jax.tree.flatten_with_path(abstract, is_leaf=is_packed)
+    leaves = [
+        _place("/".join(entry.key for entry in path), leaf, parts[n], placement)
+        for n, (path, leaf) in enumerate(paths)
+    ]
     return jax.tree.unflatten(tree, leaves)
 
 
 def _place(
-    path: tuple[Any, ...],
-    leaf: jax.ShapeDtypeStruct,
-    parts: list[tuple[Source, Tensor]],
-    placement: Placement | None,
-) -> Shaped[Array, "..."]:
-    """One leaf on its devices; those that hold the same slice share one reading."""
+    path: str, leaf: Any, parts: list[tuple[Source, Tensor]], placement: Placement | None
+) -> Shaped[Array, "..."] | Packed:
+    """One leaf on its devices; of a packed one, the host holds the whole meanwhile."""
+    if is_packed(leaf):
+        whole = _pack(leaf, parts)
+        return {
+            name: _put(f"{path}/{name}", value.shape, value.__getitem__, placement)
+            for name, value in whole.items()
+        }
     held: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
     def read(index: Any) -> np.ndarray:
         ranges = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True))
-        if ranges not in held:
+        if ranges not in held:  # devices that hold the same slice share one reading
             held[ranges] = _read(parts, ranges, leaf.dtype)
         return held[ranges]
 
+    return _put(path, leaf.shape, read, placement)
+
+
+def _put(
+    path: str, shape: tuple[int, ...], read: Callable[[Any], np.ndarray], placement: Placement | None
+) -> Shaped[Array, "..."]:
     if placement is None:
-        return jax.device_put(read((slice(None),) * len(leaf.shape)))
-    name = "/".join(entry.key for entry in path)
-    return jax.make_array_from_callback(leaf.shape, placement(name, leaf.shape), read)
+        return jax.device_put(read((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, placement(path, shape), read)
+
+
+def _pack(leaf: Packed, parts: list[tuple[Source, Tensor]]) -> dict[str, np.ndarray]:
+    """A packed kernel of all layers, of which one at a time is read as it is."""
+    whole = {name: _empty(value.shape, value.dtype) for name, value in leaf.items()}
+    pack = jax.jit(pack_like(leaf))
+    for layer, (source, _) in enumerate(parts):
+        ranges = ((layer, layer + 1), *((0, size) for size in source.shape[::-1]))
+        packed = pack(_read(parts, ranges, np.dtype(np.float32))[0])
+        for name, value in packed.items():
+            whole[name][layer] = value
+    return whole
 
 
 def _read(
@@ -151,13 +175,14 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def sources(family: Family, abstract: dict[str, Any]) -> Iterator[Source]:
     """The table: every tensor that the base needs, named without the family's prefix."""
-    for n, (path, leaf) in enumerate(jax.tree.leaves_with_path(abstract)):
+    for n, (path, leaf) in enumerate(jax.tree.leaves_with_path(abstract, is_leaf=is_packed)):
+        whole = shape_of(leaf) if is_packed(leaf) else leaf.shape
         container, *_, module, kind = (entry.key for entry in path)
         template = f"{family.containers[container]}{module}.{LEAVES[kind]}"
         stacked = "{layer}" in template
-        shape = leaf.shape[1:] if stacked else leaf.shape
+        shape = whole[1:] if stacked else whole
         transpose = kind == "kernel"
-        for layer in range(leaf.shape[0]) if stacked else [None]:
+        for layer in range(whole[0]) if stacked else [None]:
             name = template.format(layer=layer)
             yield Source(name, shape[::-1] if transpose else shape, n, layer, transpose)
 
