@@ -42,6 +42,9 @@ class ModelConfig(Section):
     tokens under a linear head (better for sentence-embedding models)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the base model and its activations; adapters and reductions stay float32."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """Of the frozen linear modules inside the layers: `int8` with a scale for each output, or `nf4`, 4 bits with a
+    scale for every 64 inputs (QLoRA's format). They are restored layer by layer where they are used."""
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     """`cudnn` is flash attention on a GPU in bfloat16; `auto` takes it where it can be had, else `xla`."""
     remat: Literal["none", "frozen", "full"] = "frozen"

@@ -30,10 +30,13 @@ INTO = (
 OUT_OF = r"(output\.dense|o_proj|out_lin|attn\.o|down_proj|lin2|Wo)"
 """Modules that lead back to the model's width: rows over ``tensor``, and their products are summed over it."""
 
+KERNEL = r"kernel(/int8|/nf4|/absmax)?$"
+"""A kernel, or a part of a packed one with the same dimensions."""
+
 RULES: tuple[tuple[str, P], ...] = (
-    (rf"{INTO}/kernel$", P(FSDP, TENSOR)),
+    (rf"{INTO}/{KERNEL}", P(FSDP, TENSOR)),
     (rf"{INTO}/bias$", P(TENSOR)),
-    (rf"{OUT_OF}/kernel$", P(TENSOR, FSDP)),
+    (rf"{OUT_OF}/{KERNEL}", P(TENSOR, FSDP)),
     (r"(embed_tokens|tok_embeddings)/embedding$", P(TENSOR, FSDP)),
     (r"word_embeddings/embedding$", P(None, FSDP)),
     (r"lm_head/kernel$", P(FSDP, TENSOR)),

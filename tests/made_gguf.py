@@ -9,7 +9,7 @@ from gguf import GGUFWriter, quantize
 from tokenizers import pre_tokenizers
 
 NAME = "tiny.gguf"
-WIDTH, HEADS, KV_HEADS, WIDE, LAYERS = 64, 4, 2, 96, 2
+WIDTH, HEADS, KV_HEADS, WIDE, LAYERS = 64, 4, 2, 128, 2
 MERGES = ["h e", "l l", "he ll", "Ġ w", "o r", "Ġw or", "1 2", "Ġ 1"]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENS = ["<|end|>", "<|start|>", "<user>", *ALPHABET, *(merge.replace(" ", "") for merge in MERGES)]
@@ -41,7 +41,10 @@ def tensors(rng: np.random.Generator) -> dict[str, np.ndarray]:
             f"blk.{n}.ffn_up": (WIDE, WIDTH),
             f"blk.{n}.ffn_down": (WIDTH, WIDE),
         }
-    return {f"{name}.weight": rng.normal(size=s).astype(np.float32) for name, s in shapes.items()}
+    return {
+        f"{name}.weight": np.float32(0.1) * rng.normal(size=s).astype(np.float32)
+        for name, s in shapes.items()
+    }
 
 
 def write(

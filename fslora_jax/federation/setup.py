@@ -68,6 +68,7 @@ def load_task(config: Config, mesh: Mesh | None) -> Task:
         lora_dropout=config.lora.lora_dropout,
         attention=config.model.attention,
         remat=config.model.remat,
+        quantization=config.model.quantization,
         placement=None if mesh is None else partial(base_sharding, mesh),
     )
     partition = divide(config, train)

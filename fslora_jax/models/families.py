@@ -11,6 +11,7 @@ from fslora_jax.models.encoders import ENCODERS
 from fslora_jax.models.family import Family, Options
 from fslora_jax.models.fields import Fields, check_choice
 from fslora_jax.models.model import Model
+from fslora_jax.models.quantise import QUANTISATIONS, quantise
 from fslora_jax.models.stack import REMAT
 
 FAMILIES: dict[str, Family] = {**ENCODERS, **DECODERS}
@@ -27,6 +28,7 @@ def build_model(
     lora_dropout: float = 0.0,
     attention: str = "auto",
     remat: str = "frozen",
+    quantization: str = "none",
 ) -> Model:
     """The model of a ``config.json``, without weights.
 
@@ -39,6 +41,7 @@ def build_model(
       lora_dropout: rate on the input of each adapter, where ``apply`` is given keys.
       attention: "xla", "cudnn" (on a GPU, in bfloat16), or "auto", the faster one of the two that can be had.
       remat: what the backward pass computes anew: "none", all but the products with "frozen" weights, or "full".
+      quantization: of the layers' frozen linear modules, "none", "int8" or "nf4".
 
     Raises:
       UserError: a field is missing or unknown, has the wrong type or a value that is not supported.
@@ -49,11 +52,13 @@ def build_model(
     check_choice("model.dtype", dtype, ("float32", "bfloat16", "float16"))
     check_choice("model.attention", attention, ATTENTIONS)
     check_choice("model.remat", remat, REMAT)
+    check_choice("model.quantization", quantization, ("none", *QUANTISATIONS))
     fields = Fields(config)
     options = Options(task, num_labels, pooling, jnp.dtype(dtype), lora_dropout, attention, remat)
     model = family.build(family, fields, options)
     fields.finish()
-    return model._replace(model_type=config["model_type"])
+    model = model._replace(model_type=config["model_type"])
+    return model if quantization == "none" else quantise(model, quantization)
 
 
 def find_family(config: Mapping[str, Any]) -> Family:

@@ -6,6 +6,7 @@ what ``restore`` gives; nothing here is differentiated.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -53,7 +54,7 @@ def _pack_nf4(kernel: Float[Array, "*N i o"]) -> Packed:
     blocks = kernel.reshape(*layers, i // BLOCK, BLOCK, o)
     absmax = jnp.abs(blocks).max(-2)
     relative = blocks / _nonzero(absmax)[..., None, :]
-    borders = [(low + high) / 2 for low, high in zip(LEVELS, LEVELS[1:], strict=False)]
+    borders = [(low + high) / 2 for low, high in pairwise(LEVELS)]
     codes = sum((relative > border).astype(jnp.uint8) for border in borders)
     low, high = jnp.split(jnp.asarray(codes), 2, axis=-2)
     return {"nf4": (low | high << 4).reshape(*layers, i // 2, o), "absmax": absmax}

@@ -1,6 +1,6 @@
 """Equal layers, scanned: the weights of all of them on a leading axis, each client's own beside them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from fslora_jax.errors import UserError
+from fslora_jax.models.quantise import restore
 from fslora_jax.sharding import gathered, rows_split
 from fslora_jax.types import Local
 
@@ -66,7 +67,7 @@ def run_layers(
       UserError: the tiers adapt different modules, or one that a layer does not have.
     """
     count = jax.tree.leaves(weights)[0].shape[0]
-    check_tiers(tiers, nnx.merge(graph, weights).paths)
+    check_tiers(tiers, weights["linear"])
     own = [_layers_first(tier, x.dtype) for tier in tiers]
 
     def step(
@@ -74,14 +75,14 @@ def run_layers(
         slices: tuple[PyTree, list[dict[str, Any]], tuple[PyTree, ...], Int[Array, ""]],
     ) -> tuple[Float[Array, "C B L D"], None]:
         weights, own, each, number = slices
-        layer = nnx.merge(graph, gathered(weights))
+        layer = nnx.merge(graph, restore(gathered(weights), x.dtype))
         keys = None if dropout is None else jax.vmap(lambda key: jax.random.fold_in(key, number))(dropout)
         return layer(rows_split(x), partial(layer.project, own=own, keys=keys), shared, *each), None
 
     return jax.lax.scan(REMAT[remat](step), x, (weights, own, each, jnp.arange(count)))[0]
 
 
-def check_tiers(tiers: Sequence[Local], modules: Sequence[str]) -> None:
+def check_tiers(tiers: Sequence[Local], modules: Collection[str]) -> None:
     """Refuses tiers that differ in what they adapt, or adapt what is not there."""
     paths = [set(tier.weights.adapter) for tier in tiers]
     if not paths or any(p != paths[0] or p - set(modules) for p in paths):
