@@ -50,11 +50,15 @@ LLAMA = {
     "hidden_act": "silu",
     "tie_word_embeddings": True,
 }
+WIDE_LLAMA = LLAMA | {"hidden_size": 128, "intermediate_size": 128, "initializer_range": 0.1}
+"""Blocks of 4-bit numbers that every axis splits."""
+
 MODELS = {
-    "bert": (BERT, "mean", ("attention.self.query", "output.dense")),
-    "llama": (LLAMA, "native", ("self_attn.k_proj", "mlp.down_proj")),
+    "bert": (BERT, "mean", "none", ("attention.self.query", "output.dense")),
+    "llama": (LLAMA, "native", "none", ("self_attn.k_proj", "mlp.down_proj")),
+    "packed llama": (WIDE_LLAMA, "native", "nf4", ("self_attn.k_proj", "mlp.down_proj")),
 }
-"""Name -> (config.json, pooling, modules to adapt: one of each kind of split)."""
+"""Name -> (config.json, pooling, quantization, modules to adapt: one of each kind of split)."""
 
 MESHES = {"alone": (1, 1, 1), "clients": (8, 1, 1), "all": (2, 2, 2)}
 
@@ -69,8 +73,10 @@ class Rounds(NamedTuple):
 
 @cache
 def played(name: str, mesh_name: str) -> Rounds:
-    config, pooling, modules = MODELS[name]
-    model = build_model(config, num_labels=toy.LABELS, pooling=pooling, lora_dropout=0.3)
+    config, pooling, quantization, modules = MODELS[name]
+    model = build_model(
+        config, num_labels=toy.LABELS, pooling=pooling, lora_dropout=0.3, quantization=quantization
+    )
     spec = Spec({path: model.modules[path] for path in modules}, toy.R, scale=0.5)
     method = fslora(spec, optax.sgd(1.0))
     mesh = toy.mesh_of(*MESHES[mesh_name])
