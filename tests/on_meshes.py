@@ -128,7 +128,8 @@ def test_identity_7_any_mesh_is_one_device(name, mesh_name):
     assert all(abs(x).max() > 0 for x in expected.values())
     for path, x in expected.items():
         np.testing.assert_allclose(found[path], x, rtol=1e-4, atol=1e-6, err_msg=path)
-    np.testing.assert_allclose(spread.losses, alone.losses, rtol=1e-5)
+    # A loss near 0 is a difference of numbers near 1.
+    np.testing.assert_allclose(spread.losses, alone.losses, rtol=1e-5, atol=3e-7)
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(spread.server))
 
 
