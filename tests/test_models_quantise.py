@@ -18,6 +18,8 @@ FORMATS = list(QUANTISATIONS)
 KERNEL = np.random.default_rng(0).normal(size=(2, 128, 5)).astype(np.float32)
 KERNEL[1, :, 3] = 0.0
 
+ONE_FAMILY = pytest.mark.parametrize("tiny", [("bert", "mean")], indirect=True, ids="-".join)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -121,12 +123,14 @@ def test_bytes_are_those_of_codes_and_scales(folder, plain, name, bits):
     assert packed["embeddings"]["embed_tokens"]["embedding"].dtype == jnp.bfloat16
 
 
+@ONE_FAMILY
 def test_nf4_needs_whole_blocks(tiny):
     message = r"model\.quantization: found nf4.*attention\.self\.query has 16; choose int8"
     with pytest.raises(UserError, match=message):
         load_model(tiny.folder, num_labels=3, pooling="mean", quantization="nf4")
 
 
+@ONE_FAMILY
 def test_an_unknown_format_is_refused(tiny):
     with pytest.raises(UserError, match=r"model\.quantization is 'int4'; expected one of"):
         load_model(tiny.folder, num_labels=3, pooling="mean", quantization="int4")
