@@ -1,0 +1,93 @@
+"""The pieces that models are made of, each against its own oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from examples import CONFIG
+from flax import nnx
+from transformers.models.mpnet import modeling_mpnet
+
+from fslora_jax.models import attention, encoder, family, layers, stack
+from fslora_jax.types import Local, Pair, Trainable
+
+OPTIONS = family.Options("sequence", 3, "mean", jnp.dtype("float32"), 0.5, "xla", "frozen")
+
+
+def test_each_module_draws_its_own_mask():
+    config = encoder.Config(**{name: CONFIG[name] for name in encoder.Config._fields})
+    query, key, *others = "abcdefgh"
+    layer = encoder.EncoderLayer(config, encoder.Names(query, key, *others), OPTIONS, nnx.Rngs(0))
+    layer.linear[key] = layer.linear[query]
+    pair, scale = Pair(jnp.ones((1, 2, 16)), jnp.ones((1, 2, 16))), jnp.ones((1, 2))
+    own = [{query: (pair, scale), key: (pair, scale)}]
+    x = jax.random.normal(jax.random.key(1), (1, 2, 3, 16))
+    for keys, same in ((None, True), (jax.random.split(jax.random.key(2), 1), False)):
+        assert jnp.array_equal(layer.project(query, x, own, keys), layer.project(key, x, own, keys)) == same
+
+
+class Recorder(layers.Layer):
+    """Appends the mask of its module's dropout, as binary digits, to what it is given."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        zero = nnx.initializers.zeros_init()
+        super().__init__({"module": nnx.Linear(4, 4, kernel_init=zero, rngs=rngs)}, {}, lora_dropout=0.5)
+
+    def __call__(self, x, project, shared):
+        return 2 * x + project("module", jnp.ones_like(x)) / 2
+
+
+def test_each_layer_and_client_draws_its_own_mask():
+    parts = {"layers": Recorder}
+    weights = stack.init_base(parts, 3, jax.random.key(0))["layers"]
+    unit = jnp.broadcast_to(jnp.eye(4), (2, 3, 4, 4))
+    scale = {"module": jnp.ones((2, 3, 4))}
+    tier = Local(Trainable({"module": Pair(unit, unit)}, {}), scale, {}, {})
+
+    def masks(keys):
+        found = stack.run_layers(
+            stack.graphs(parts)["layers"], weights, [tier], jnp.zeros((2, 5, 6, 4)), None, dropout=keys
+        )
+        return (found.astype(int) >> jnp.arange(3)[:, None, None, None, None]) & 1
+
+    keys = jax.random.split(jax.random.key(1), 2)
+    drawn = masks(keys).reshape(6, -1)  # of three layers, for two clients
+    for n in range(6):
+        assert 0.3 < drawn[n].mean() < 0.7
+        assert all((drawn[n] != drawn[m]).mean() > 0.3 for m in range(n))
+    assert jnp.array_equal(masks(keys).reshape(6, -1), drawn)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_drop_keeps_the_mean(rate):
+    dropped = layers.drop(jax.random.key(0), rate, jnp.ones((100, 1000)))
+    np.testing.assert_allclose(np.unique(dropped), [0, 1 / (1 - rate)], rtol=1e-6)
+    np.testing.assert_allclose(dropped.mean(), 1, atol=5 * (rate / (1 - rate) / 1e5) ** 0.5)
+
+
+def test_scores_are_float32_under_bfloat16():
+    q, k, v = (s * jax.random.normal(jax.random.key(n), (1, 2, 8, 16)) for n, s in enumerate((8, 8, 1)))
+    # One head of width 16: its scale 1/4 is exact in bfloat16, so only the scores can differ.
+    half = [m.astype(jnp.bfloat16) for m in (q, k, v)]
+    exact = [m.astype(jnp.float32) for m in half]
+    bias = jnp.zeros((1, 2, 1, 8, 8))
+    got = attention.attention(*half, bias, head_dim=16)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        got.astype(jnp.float32), attention.attention(*exact, bias, head_dim=16), atol=2e-2
+    )
+
+
+@pytest.mark.parametrize("act", layers.ACTIVATIONS)
+def test_activations_equal_transformers(act):
+    x = np.linspace(-4, 4, 41, dtype=np.float32)
+    expected = transformers.activations.ACT2FN[act](torch.tensor(x)).numpy()
+    np.testing.assert_allclose(layers.ACTIVATIONS[act](x), expected, atol=1e-6)
+
+
+def test_relative_buckets_equal_transformers():
+    positions = torch.arange(300)
+    expected = modeling_mpnet.MPNetEncoder.relative_position_bucket(positions - positions[:, None])
+    np.testing.assert_array_equal(encoder.relative_buckets(jnp.arange(300)), expected)
