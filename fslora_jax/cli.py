@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import tyro
+from rich.console import Console
 
 from fslora_jax import hub
 from fslora_jax.arguments import option, parse, parse_config
@@ -19,6 +20,8 @@ from fslora_jax.display import TerminalDisplay, print_summary
 from fslora_jax.errors import UserError
 from fslora_jax.federation.loop import run
 from fslora_jax.federation.results import evaluate_adapter, evaluate_run, export_client, export_round
+from fslora_jax.plan.command import plan_command
+from fslora_jax.processes import join, leads
 from fslora_jax.rundir import CONFIG, load_run_config
 
 USAGE = """\
@@ -31,6 +34,7 @@ commands:
   train CONFIG.yaml   train, or go on with a run folder that exists; any setting can be overridden
   eval FOLDER         evaluate a run folder or a PEFT adapter
   export RUN          write a PEFT adapter: the global one, or one client's at its own rank
+  plan CONFIG.yaml    what a round takes on a TPU slice, compiled without one
   bench CONFIG.yaml   time a round against other engines, a Python loop and PyTorch among them
 
 `fslora COMMAND --help` tells more.
@@ -44,11 +48,19 @@ def train_command(argv: Sequence[str]) -> None:
     config.yaml, metrics.jsonl, checkpoints/, adapter/ (PEFT) and figures/.
     """
     run_dir = option(Path | None, None, "Run folder; by default a dated one under runs/.")
-    config, path, args = parse_config("train", train_command.__doc__ or "", argv, run_dir=run_dir)
+    distributed = option(bool, False, "One process of several: see README. They need one --run-dir.")
+    config, path, args = parse_config(
+        "train", train_command.__doc__ or "", argv, run_dir=run_dir, distributed=distributed
+    )
+    if args["distributed"]:
+        if args["run_dir"] is None:
+            raise UserError("--distributed: no --run-dir; expected a folder that all processes see")
+        join()
     folder = args["run_dir"] or Path("runs") / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with TerminalDisplay() as display:
+    with TerminalDisplay(Console(stderr=True, quiet=not leads())) as display:
         summary = run(config, folder, display)
-    print_summary(summary, folder)
+    if leads():
+        print_summary(summary, folder)
 
 
 @dataclasses.dataclass
@@ -116,7 +128,13 @@ def export_command(argv: Sequence[str]) -> None:
     print(f"PEFT adapter: {args.out}")
 
 
-COMMANDS = {"train": train_command, "eval": eval_command, "export": export_command, "bench": bench_command}
+COMMANDS = {
+    "train": train_command,
+    "eval": eval_command,
+    "export": export_command,
+    "plan": plan_command,
+    "bench": bench_command,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

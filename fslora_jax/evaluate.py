@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, PyTree, Real
 
 from fslora_jax.backend import compiler_options
 from fslora_jax.federation.local import ScoreFn
 from fslora_jax.methods import Spec, whole
 from fslora_jax.metrics import METRICS
+from fslora_jax.sharding import replicated
 from fslora_jax.types import Batch, Score, Trainable
 
 
@@ -25,10 +27,12 @@ class Evaluated(NamedTuple):
     labels: Real[np.ndarray, " n"]
 
 
-def make_evaluation(score: ScoreFn, spec: Spec) -> Callable[[PyTree, Trainable, Batch], Score]:
+def make_evaluation(
+    score: ScoreFn, spec: Spec, mesh: Mesh | None = None
+) -> Callable[[PyTree, Trainable, Batch], Score]:
     """``(base, weights, batches) -> Score`` of the global adapter with ``S = I``; leaves are ``(batches, ...)``.
 
-    The whole held-out set is one dispatch: a scan over its batches.
+    The whole held-out set is one dispatch: a scan over its batches. On a mesh, all devices have all scores.
     """
 
     def evaluation(base: PyTree, weights: Trainable, batches: Batch) -> Score:
@@ -40,7 +44,7 @@ def make_evaluation(score: ScoreFn, spec: Spec) -> Callable[[PyTree, Trainable, 
 
         return jax.lax.map(one, batches)
 
-    return jax.jit(evaluation, compiler_options=compiler_options())
+    return jax.jit(evaluation, out_shardings=replicated(mesh), compiler_options=compiler_options())
 
 
 def gather(score: Score, batches: Batch) -> Evaluated:

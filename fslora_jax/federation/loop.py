@@ -25,6 +25,7 @@ from fslora_jax.federation.round import Cohort, Keys, base_keys, make_round
 from fslora_jax.federation.setup import Federation, initial_server, set_up
 from fslora_jax.log import JsonLines, Logger, open_loggers, read_records
 from fslora_jax.methods import Server, Traffic, traffic
+from fslora_jax.processes import fetch, leader_first, leads
 from fslora_jax.random import Purpose, device_key
 from fslora_jax.rundir import open_run, read_summary, write_summary
 from fslora_jax.sharding import replicated
@@ -48,22 +49,29 @@ def run(config: Config, run_dir: Path, display: Display) -> dict[str, Any]:
     Raises:
       UserError: bad input, a full disk, a client's loss that is not finite, a run folder of another config.
     """
-    with open_run(run_dir, config):
+    with ExitStack() as stack:
+        leader_first(lambda: stack.enter_context(open_run(run_dir, config)))
         finished = read_summary(run_dir)
         if finished is not None:
             display.stage("already finished")
             return finished
         display.stage("loading model and data")
         federation = set_up(config)
-        draw_partition(federation, run_dir)
+        leader_first(lambda: draw_partition(federation, run_dir))
         server, compile_seconds = train(config, federation, run_dir, display)
         display.stage("writing adapter and figures")
-        write_global(config, federation, server, run_dir / "adapter")
-        records = read_records(run_dir / "metrics.jsonl")
-        figures.run_figures(records, run_dir / "figures")
-        summary = summarise(config, federation, records, run_dir, compile_seconds)
-        write_summary(run_dir, summary)
-        return summary
+        leader_first(lambda: write_results(config, federation, server, run_dir, compile_seconds))
+        return read_summary(run_dir) or {}
+
+
+def write_results(
+    config: Config, federation: Federation, server: Server, run_dir: Path, compile_seconds: float
+) -> None:
+    """Adapter, figures, and last the summary."""
+    write_global(config, federation, server, run_dir / "adapter")
+    records = read_records(run_dir / "metrics.jsonl")
+    figures.run_figures(records, run_dir / "figures")
+    write_summary(run_dir, summarise(config, federation, records, run_dir, compile_seconds))
 
 
 def train(config: Config, federation: Federation, run_dir: Path, display: Display) -> tuple[Server, float]:
@@ -78,11 +86,11 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
         checkpoints.close()
         return server, 0.0
     kept = done or -1  # without a checkpoint the evaluation of the start is done again, too
-    loggers = open_loggers(config.loggers, run_dir, kept)
-    clock = JsonLines(run_dir / "timings.jsonl", kept)
+    loggers = open_loggers(config.loggers, run_dir, kept) if leads() else []
+    clocks: list[Logger] = [JsonLines(run_dir / "timings.jsonl", kept)] if leads() else []
     keys = base_keys(config.seed, mesh)
     test = jax.device_put(federation.task.test, replicated(mesh))
-    evaluation = make_evaluation(federation.task.model.score, federation.spec)
+    evaluation = make_evaluation(federation.task.model.score, federation.spec, mesh)
 
     def evaluate(server: Server) -> dict[str, float]:
         scores = evaluation(base, server.weights, test)
@@ -96,7 +104,7 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
 
     meter = Meter(federation)
     with ExitStack() as stack:
-        for opened in (*loggers, clock, checkpoints):
+        for opened in (*loggers, *clocks, checkpoints):
             stack.callback(opened.close)
         ahead = stack.enter_context(ThreadPoolExecutor(1))
         upcoming = ahead.submit(cohort_of, config, federation, done)
@@ -117,7 +125,7 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
                 record |= evaluate(server)
             write(loggers, record)
             speed = speed_of(cohort, config.clients_per_round, seconds)
-            clock.write({"round": t + 1, **speed})
+            write(clocks, {"round": t + 1, **speed})
             display.round(t + 1, num_rounds, record | speed)
             if (t + 1) % config.checkpoint_every == 0 or t + 1 == num_rounds:
                 checkpoints.save(t + 1, server)
@@ -157,7 +165,8 @@ def compile_round(config: Config, federation: Federation, server: Server, keys: 
 
 def speed_of(cohort: Cohort, clients: int, seconds: float) -> dict[str, float]:
     """What the clock says of a round: real tokens only, and which part of the rows they fill."""
-    filled = fill(cohort.batches)
+    here = cohort.batches.segments.addressable_shards  # all of one size
+    filled = float(np.mean([fill(cohort.batches._replace(segments=shard.data)) for shard in here]))
     tokens = filled * cohort.batches.tokens.size
     return {
         "seconds": seconds,
@@ -191,10 +200,7 @@ class Meter:
         Raises:
           UserError: a client's loss is NaN or infinite; names the round and the client.
         """
-        ids, by_step = (
-            np.concatenate([np.asarray(s.data) for s in x.addressable_shards])
-            for x in (cohort.clients.id, losses)
-        )
+        ids, by_step = fetch((cohort.clients.id, losses))
         by_step = by_step[ids != EMPTY]
         broken = ~np.isfinite(by_step)
         if broken.any():

@@ -1,0 +1,83 @@
+"""Devices to compile for: TPU slices by name, or virtual CPU devices."""
+
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from fslora_jax.errors import UserError
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """What one chip can do, by its maker's data sheet: bytes of memory, bfloat16 operations, bytes from memory and to
+    other chips a second."""
+
+    memory: int
+    flops: float
+    memory_rate: float
+    link_rate: float
+
+
+CHIPS = {
+    "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9),
+    "v6e": Chip(32 * GIB, 918e12, 1640e9, 448e9),
+}
+
+EXAMPLES = "v5e:4x4, v5p:4x4x4, v6e:16x16 or cpu:8"
+
+
+def chip_of(topology: str) -> Chip | None:
+    """The chip of a slice; None for CPUs.
+
+    Raises:
+      UserError: another name.
+    """
+    kind, _, size = topology.partition(":")
+    if kind == "cpu" and size.isdecimal() and int(size) > 0:
+        return None
+    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", size):
+        raise UserError(f"--topology: found {topology!r}; expected such as {EXAMPLES}")
+    return CHIPS[kind]
+
+
+def prepare(topology: str) -> None:
+    """Settings that must be made before JAX touches a device."""
+    jax.config.update("jax_platforms", "cpu")
+    # Else libtpu asks the cloud which TPU this machine has, complains that it has none, and will not be loaded twice.
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_MIN_LOG_LEVEL="3",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    )
+    os.environ.pop("TPU_ACCELERATOR_TYPE", None)
+    if chip_of(topology) is None:
+        jax.config.update("jax_num_cpu_devices", int(topology.partition(":")[2]))
+
+
+def devices_of(topology: str) -> Sequence[Any]:
+    """The devices of a slice, which need not exist.
+
+    Raises:
+      UserError: no such slice, or its compiler is not installed.
+    """
+    if chip_of(topology) is None:
+        return jax.devices("cpu")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "plan: the TPU compiler is not installed; pip install 'fslora_jax[plan]', or say cpu:8"
+        )
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"--topology: {topology!r} is no slice: {reason}; expected such as {EXAMPLES}"
+        ) from None
