@@ -102,6 +102,16 @@ def test_what_peft_wrote_is_read_and_written_again(tmp_path, bert, settings):
     assert {k: v for k, v in first.items() if v != second[k]} == {}
 
 
+@pytest.mark.parametrize("row", ["xlm-roberta", "mpnet", "distilbert"])
+def test_what_peft_saves_by_default_fits_every_family(tmp_path, row):
+    case = make_case(tmp_path / "base", row)
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=list(case.spec.targets))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT would ask the hub about the base model
+        peft.get_peft_model(torch_base(case), config).save_pretrained(tmp_path / "theirs")
+    check_fits(read_adapter(tmp_path / "theirs"), case.model)
+
+
 QUERY = "base_model.model.bert.encoder.layer.1.attention.self.query."
 
 

@@ -48,14 +48,15 @@ def read_adapter(folder: Path) -> SavedAdapter:
     path = folder / WEIGHTS
     tensors, metadata = _read_tensors(path)
     factors: dict[tuple[str, str], dict[int, np.ndarray]] = {}
-    prefixes, saved = set(), config.modules_to_save or ()
+    prefixes, saved = set(), tuple(config.modules_to_save or ())
     head: dict[str, dict[str, Any]] = {}
     for key, value in tensors.items():
         if match := LORA_KEY.fullmatch(key):
             prefix, layer, module, factor = match.groups()
             prefixes.add(prefix + "{layer}.")
             factors.setdefault((module, factor), {})[int(layer)] = value if factor == "A" else value.T
-        elif (match := HEAD_KEY.fullmatch(key)) and match[1].split(".")[0] in saved:
+        # PEFT compares endings, too: its default "classifier" also saves DistilBERT's "pre_classifier".
+        elif (match := HEAD_KEY.fullmatch(key)) and match[1].split(".")[0].endswith(saved):
             head.setdefault(match[1], {})[FLAX_LEAVES[match[2]]] = value.T
         else:
             raise UserError(
