@@ -48,7 +48,9 @@ def mirrored_fields(default: BaseModel) -> list[tuple[str, Any, Any]]:
             fields.append((name, section, dataclasses.field(default_factory=section)))
         else:
             extra = (MAPPING,) if isinstance(value, dict) else ()
-            described = Annotated[info.annotation, tyro.conf.arg(help=info.description), *extra]
+            # --SETTING VALUE also where it is True or False.
+            marks = (tyro.conf.arg(help=info.description), tyro.conf.FlagConversionOff, *extra)
+            described = Annotated[info.annotation, *marks]
             fields.append((name, described, dataclasses.field(default_factory=lambda value=value: value)))
     return fields
 
@@ -61,7 +63,7 @@ def parse(form: type, prog: str, description: str, argv: Sequence[str]) -> Any:
         description=description,
         args=list(argv),
         return_unknown_args=True,
-        config=(tyro.conf.FlagConversionOff,),  # --SETTING VALUE also where it is True or False
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
     if unknown:
         name = unknown[0].lstrip("-").replace("-", "_")

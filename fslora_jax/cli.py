@@ -18,8 +18,9 @@ from fslora_jax.bench.command import bench_command
 from fslora_jax.config import DataConfig, TaskName, checked
 from fslora_jax.display import TerminalDisplay, print_summary
 from fslora_jax.errors import UserError
+from fslora_jax.federation.exports import export_client, export_clients, export_merged, export_round
 from fslora_jax.federation.loop import run
-from fslora_jax.federation.results import evaluate_adapter, evaluate_run, export_client, export_round
+from fslora_jax.federation.results import evaluate_adapter, evaluate_run
 from fslora_jax.plan.command import plan_command
 from fslora_jax.processes import join, leads
 from fslora_jax.rundir import CONFIG, load_run_config
@@ -33,7 +34,8 @@ federated round is one compiled program.
 commands:
   train CONFIG.yaml   train, or go on with a run folder that exists; any setting can be overridden
   eval FOLDER         evaluate a run folder or a PEFT adapter
-  export RUN          write a PEFT adapter: the global one, or one client's at its own rank
+  export RUN          write a PEFT adapter: the global one, one client's at its own rank, or all clients';
+                      or a merged model
   plan CONFIG.yaml    what a round takes on a TPU slice, compiled without one
   bench CONFIG.yaml   time a round against other engines, a Python loop and PyTorch among them
 
@@ -106,7 +108,7 @@ def eval_command(argv: Sequence[str]) -> None:
 
 @dataclasses.dataclass
 class Export:
-    """Write a PEFT adapter of a run: the global one, or one client's at its own rank."""
+    """Write a run's global adapter as a PEFT folder; or one client's, or all; or a merged model."""
 
     run: tyro.conf.Positional[Path]
     """Run folder."""
@@ -114,6 +116,12 @@ class Export:
     """Folder to write."""
     client: int | None = None
     """This client's adapter: its sketch of the last state after its local steps, at its own rank."""
+    all_clients: bool = False
+    """Every client's adapter, each in a folder of its own under --out."""
+    merged: bool = False
+    """The whole base model with the global adapter merged into it, for transformers alone."""
+    max_shard_gb: float = 4.0
+    """Gigabytes of a merged model's largest weight file."""
     round: int | None = None
     """A round that has a checkpoint; by default the newest."""
 
@@ -121,11 +129,26 @@ class Export:
 def export_command(argv: Sequence[str]) -> None:
     """Writes an adapter folder."""
     args = parse(Export, "fslora export", Export.__doc__ or "", argv)
-    if args.client is None:
-        export_round(args.run, args.out, args.round)
-    else:
+    chosen = [
+        name for name in ("client", "all_clients", "merged") if getattr(args, name) not in (None, False)
+    ]
+    if len(chosen) > 1:
+        raise UserError(
+            f"export: found {' and '.join(chosen)}; expected one of them, or none for the global adapter"
+        )
+    if args.max_shard_gb <= 0:
+        raise UserError(f"max_shard_gb: found {args.max_shard_gb:g}, expected more than 0")
+    if args.client is not None:
         export_client(args.run, args.out, args.client, args.round)
-    print(f"PEFT adapter: {args.out}")
+    elif args.all_clients:
+        export_clients(args.run, args.out, args.round)
+    elif args.merged:
+        export_merged(args.run, args.out, args.round, int(args.max_shard_gb * 1e9))
+    else:
+        export_round(args.run, args.out, args.round)
+    print(
+        f"{'model' if args.merged else 'PEFT adapters' if args.all_clients else 'PEFT adapter'}: {args.out}"
+    )
 
 
 COMMANDS = {

@@ -71,6 +71,10 @@ class LoraShape(Section):
 class LoraConfig(LoraShape):
     """The global adapter; the names are PEFT's."""
 
+    init_from: str | None = None
+    """Folder of a PEFT adapter to start from; r, lora_alpha, modules and patterns must be those of the folder."""
+    modules_to_save: tuple[str, ...] | None = None
+    """Modules trained densely: the whole head (by default), or none ([]), which freezes the head."""
     target_modules: str | tuple[str, ...] | None = None
     """Linear modules to adapt: names (a path or its ending), `all-linear` (all of the layers, not the head), or a
     regular expression of a module's whole path. By default what PEFT adapts in this family, such as query and value."""

@@ -242,9 +242,9 @@ def test_a_failed_write_leaves_the_earlier_adapter(tmp_path, bert, monkeypatch):
 
 def test_only_an_adapter_is_replaced(tmp_path, bert):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(UserError, match="exists and is none of ours"):
+    with pytest.raises(UserError, match="exists and is no adapter"):
         write(tmp_path, bert)
-    with pytest.raises(UserError, match="exists and is none of ours"):
+    with pytest.raises(UserError, match="exists and is no adapter"):
         write(tmp_path / "thesis.tex", bert)
     (tmp_path / "new" / "empty").mkdir(parents=True)
     assert {path.name for path in write(tmp_path / "new" / "empty", bert).iterdir()} == {

@@ -175,6 +175,13 @@ def test_files_that_are_no_config(world, capsys, tmp_path, content):
     [
         ("export {run} --out {out} --client 5", "client 5: expected one of 0 to 4"),
         ("export {run} --out {out} --client -1", "client -1: expected one of 0 to 4"),
+        (
+            "export {run} --out {out} --client 1 --merged",
+            "export: found client and merged; expected one of them",
+        ),
+        ("export {run} --out {out} --merged --max-shard-gb 0", "max_shard_gb: found 0, expected more than 0"),
+        ("export {run} --out {model} --merged", "the folder of the base model"),
+        ("export {run} --out {run} --all-clients", "exists and is no export of all clients"),
         ("export {run} --out {out} --round 3", "no checkpoint of round 3; there are [2, 4]"),
         ("export {run} --out {model}", "exists and is no adapter"),
         ("eval {run} --data {model}/config.json", "config.json"),

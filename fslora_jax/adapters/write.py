@@ -39,7 +39,7 @@ def write_adapter(
     """
     # PyTorch's loaders ask for the format; the labels have no place in PEFT's config.
     metadata = {"format": "pt", "label_names": json.dumps(list(label_names))}
-    with fresh_folder(folder, CONFIG) as fresh:
+    with fresh_folder(folder, CONFIG, "adapter") as fresh:
         save_file(dict(named_tensors(adapter, head, naming)), fresh / WEIGHTS, metadata=metadata)
         _order_metadata(fresh / WEIGHTS)
         (fresh / CONFIG).write_text(config.dump(), encoding="utf-8")

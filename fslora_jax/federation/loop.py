@@ -19,8 +19,8 @@ from fslora_jax.data.partition import label_counts
 from fslora_jax.errors import UserError
 from fslora_jax.evaluate import gather, make_evaluation, measure
 from fslora_jax.federation.cohort import EMPTY
+from fslora_jax.federation.exports import write_global
 from fslora_jax.federation.feed import make_cohort
-from fslora_jax.federation.results import write_global
 from fslora_jax.federation.round import Cohort, Keys, base_keys, make_round
 from fslora_jax.federation.setup import Federation, initial_server, set_up
 from fslora_jax.log import JsonLines, Logger, open_loggers, read_records

@@ -1,19 +1,14 @@
-"""What comes after training: evaluate a run or an adapter folder, export a run's adapters."""
+"""What comes after training: open a run again, evaluate it or an adapter folder."""
 
 from pathlib import Path
 
-import jax
-
 from fslora_jax import hub
 from fslora_jax.adapters.read import check_fits, read_adapter
-from fslora_jax.adapters.spec import adapter_config, client_config
-from fslora_jax.adapters.write import write_adapter
 from fslora_jax.checkpoint import Checkpoints
 from fslora_jax.config import Config, DataConfig, MeshConfig
 from fslora_jax.data.tasks import TASKS
 from fslora_jax.errors import UserError
 from fslora_jax.evaluate import gather, make_evaluation, measure
-from fslora_jax.federation.client import train_client
 from fslora_jax.federation.examples import find_examples, outputs
 from fslora_jax.federation.setup import Federation, initial_server, set_up, test_batches
 from fslora_jax.methods import Server
@@ -41,36 +36,6 @@ def load_round(run_dir: Path, round: int | None) -> tuple[Config, Federation, Se
     server = checkpoints.restore(wanted, initial_server(config, federation))
     checkpoints.close()
     return config, federation, server
-
-
-def export_round(run_dir: Path, out: Path, round: int | None = None) -> None:
-    """The global adapter after a round, with ``S = I``."""
-    config, federation, server = load_round(run_dir, round)
-    write_global(config, federation, server, out)
-
-
-def write_global(config: Config, federation: Federation, server: Server, out: Path) -> None:
-    """The global adapter as a PEFT folder."""
-    weights, model = jax.device_get(server.weights), federation.task.model
-    said = adapter_config(config.lora, federation.spec, model, config.model.name)
-    labels = federation.task.label_names
-    write_adapter(out, weights.adapter, weights.head, said, naming=model.naming, label_names=labels)
-
-
-def export_client(run_dir: Path, out: Path, client: int, round: int | None = None) -> None:
-    """One client's adapter at its own rank k, after its local steps of the round that follows."""
-    config, federation, server = load_round(run_dir, round)
-    local = jax.device_get(train_client(config, federation, server, client))
-    model, k = federation.task.model, int(federation.task.population.ranks[client])
-    said = adapter_config(config.lora, federation.spec, model, config.model.name)
-    write_adapter(
-        out,
-        local.weights.adapter,
-        local.weights.head,
-        client_config(said, federation.spec, model, k),
-        naming=model.naming,
-        label_names=federation.task.label_names,
-    )
 
 
 def evaluate_run(run_dir: Path, data: DataConfig | None = None) -> dict[str, float]:

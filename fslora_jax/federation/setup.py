@@ -21,11 +21,12 @@ from fslora_jax.federation.cohort import Layout, plan_layout, sample_cohort
 from fslora_jax.federation.examples import load_examples, outputs, tokenise
 from fslora_jax.federation.feed import Population, Steps, best_row_length, plan_shape
 from fslora_jax.federation.local import ClientOptimizer
+from fslora_jax.federation.start import start_server, starting_point
 from fslora_jax.methods import METHODS, Method, Server, Spec
 from fslora_jax.models import Model, load_model
-from fslora_jax.random import Purpose, device_key, host_rng
+from fslora_jax.random import Purpose, host_rng
 from fslora_jax.sharding import base_sharding, client_groups, make_mesh, replicated
-from fslora_jax.types import Batch
+from fslora_jax.types import Batch, Trainable
 
 EVAL_EXAMPLES = 64
 """Examples of an evaluation batch."""
@@ -46,6 +47,7 @@ class Federation(NamedTuple):
     """All that a run computes with; nothing here changes from round to round."""
 
     task: Task
+    start: Trainable | None
     spec: Spec
     method: Method
     optimizer: ClientOptimizer
@@ -158,6 +160,8 @@ def set_up(config: Config) -> Federation:
     task = load_task(config, mesh)
     f, r = config.federation, config.lora.r
     spec = model_spec(config.lora, task.model, f.share_sketch)
+    model, frozen, start = starting_point(config, task.model, spec, task.label_names)
+    base = task.base | jax.device_put(frozen, replicated(mesh))
     size = config.clients_per_round
     cohorts = [sample_cohort(config.seed, t, f.num_clients, size) for t in range(f.num_rounds)]
     lanes = client_groups(mesh) * f.cohort_chunks
@@ -167,7 +171,8 @@ def set_up(config: Config) -> Federation:
         steps = steps._replace(row_length=best_row_length(task.population, steps, cohorts))
     shape = plan_shape(task.population, steps, cohorts)
     return Federation(
-        task=task,
+        task=task._replace(model=model, base=base),
+        start=start,
         spec=spec,
         method=METHODS[f.method](spec, config.server_optimizer.build()),
         optimizer=make_client_optimizer(config.client_optimizer, f.num_rounds, f.local_steps),
@@ -180,7 +185,6 @@ def set_up(config: Config) -> Federation:
 
 
 def initial_server(config: Config, federation: Federation) -> Server:
-    """Global weights before the first round."""
-    adapter_key, head_key = jax.random.split(device_key(config.seed, Purpose.INIT))
-    server = federation.method.init(adapter_key, federation.task.model.init_head(head_key))
+    """Global weights before the first round, on the devices."""
+    server = start_server(config, federation.method, federation.task.model, federation.start)
     return jax.device_put(server, replicated(federation.mesh))

@@ -74,6 +74,23 @@ def open_folder(folder: Path) -> tuple[Mapping[str, Any], Checkpoint]:
     return read_object(folder / "config.json"), open_checkpoint(folder)
 
 
+def class_tensors(folder: Path, model: Model) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+    """``config.json`` of a folder, and the tensors of ``model``'s base, not read yet.
+
+    The names are those in the class ``model.naming.architecture``, whatever class the folder was saved from.
+    """
+    config, checkpoint = open_folder(folder)
+    family = find_family(config)
+    abstract = jax.eval_shape(model.init_base, jax.random.key(0))
+    table = list(sources(family, {part: abstract[part] for part in abstract if part in family.containers}))
+    of_class = any(name.startswith(family.prefix) for name in checkpoint.tensors)
+    named = {}
+    for source, tensor in zip(table, _match(checkpoint, family, table), strict=True):
+        outside = of_class and not tensor.name.startswith(family.prefix)  # such as lm_head
+        named[source.name if outside else family.prefix + source.name] = tensor
+    return config, named
+
+
 def read_base(
     checkpoint: Checkpoint, family: Family, abstract: dict[str, Any], placement: Placement | None = None
 ) -> dict[str, Any]:

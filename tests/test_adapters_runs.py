@@ -1,0 +1,137 @@
+"""Runs with ranks by module, from an adapter folder, with a frozen head; and what they export."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+from adapter_cases import edit_config
+from safetensors.numpy import load_file, save_file
+from test_bad_input import refusal
+
+from fslora_jax.adapters.read import read_adapter
+from fslora_jax.adapters.schema import CONFIG, WEIGHTS
+
+ONE_ROUND = {"federation__num_rounds": 1, "lora__lora_dropout": 0.0}
+PATTERNS = {"rank_pattern": {"value": 3}, "alpha_pattern": {"value": 5.0}}
+SHAPE = {f"lora__{name}": value for name, value in PATTERNS.items()}
+
+
+@pytest.fixture(scope="module")
+def mixed(world) -> Path:
+    """One round with ranks of their own for the values."""
+    return runs.train(world, world.folder / "mixed", **ONE_ROUND, **SHAPE)
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    return load_file(folder / WEIGHTS)
+
+
+def ranks(folder: Path) -> dict[str, int]:
+    return {m.rpartition(".")[2]: r for m, r in read_adapter(folder).spec.ranks().items()}
+
+
+def test_traffic_follows_the_ranks_of_the_modules(mixed):
+    """k = 2 and 4 of 8 are 1 and 2 of 3, rounded up from 1.5; three of the five clients take part."""
+    summary = json.loads((mixed / "summary.json").read_text())
+    held = {2: {"query": 2, "value": 1}, 4: {"query": 4, "value": 2}}
+    layers, width = runs.SIZES["num_hidden_layers"], runs.SIZES["hidden_size"]
+    (head,) = {
+        tier["up_bytes"] - 4 * sum(held[tier["k"]].values()) * layers * 2 * width for tier in summary["tiers"]
+    }
+    adapter = tensors(mixed / "adapter")
+    assert head == sum(value.nbytes for name, value in adapter.items() if "lora" not in name)
+    for tier in summary["tiers"]:
+        assert tier["down_bytes"] - tier["up_bytes"] == 4 * sum(held[tier["k"]].values()) * layers
+
+
+def test_all_clients_are_exported_each_at_its_own_ranks(world, mixed, capsys, tmp_path):
+    runs.call(world, "export", mixed, "--all-clients", "--out", tmp_path / "all")
+    assert capsys.readouterr().out == f"PEFT adapters: {tmp_path / 'all'}\n"
+    listed = json.loads((tmp_path / "all" / "clients.json").read_text())
+    assert [entry["k"] for entry in listed] == [2, 4, 2, 4, 2]
+    for entry in listed:
+        found = ranks(tmp_path / "all" / entry["folder"])
+        assert found == {2: {"query": 2, "value": 1}, 4: {"query": 4, "value": 2}}[entry["k"]]
+    runs.call(world, "export", mixed, "--client", 3, "--out", tmp_path / "three")
+    alone, among = tensors(tmp_path / "three"), tensors(tmp_path / "all" / "client-3")
+    assert alone.keys() == among.keys()
+    for name in alone:
+        np.testing.assert_allclose(alone[name], among[name], rtol=1e-4, atol=1e-5)
+    assert (tmp_path / "three" / CONFIG).read_bytes() == (tmp_path / "all" / "client-3" / CONFIG).read_bytes()
+    runs.call(world, "export", mixed, "--all-clients", "--out", tmp_path / "all")  # replaces its own
+
+
+def test_the_merged_model_of_a_run_evaluates_as_its_adapter(world, mixed, capsys, tmp_path):
+    """Merged, with an adapter of zeros and the same head."""
+    runs.call(world, "export", mixed, "--merged", "--max-shard-gb", "0.00001", "--out", tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors.index.json").is_file()
+    zeros = runs.train(
+        world,
+        tmp_path / "zeros",
+        **ONE_ROUND,
+        model__name=str(tmp_path / "merged"),
+        client_optimizer__learning_rate=1e-30,
+    )
+    head = {k: v for k, v in tensors(mixed / "adapter").items() if "lora" not in k}
+    save_file(tensors(zeros / "adapter") | head, zeros / "adapter" / WEIGHTS)
+    data = ("--data", world.data, "--max-length", 12)
+    capsys.readouterr()
+    losses = []
+    for folder in (mixed, zeros):
+        runs.call(world, "eval", folder / "adapter", *data)
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def start_from(folder: Path, **changes: Any) -> dict[str, Any]:
+    return {**ONE_ROUND, **SHAPE, "lora__init_from": str(folder), **changes}
+
+
+def test_a_run_goes_on_from_an_adapter_and_its_head_can_be_frozen(world, mixed, tmp_path):
+    run = runs.train(
+        world, tmp_path / "run", **start_from(mixed / "adapter", lora__modules_to_save=[], evaluate_every=1)
+    )
+    first, last = runs.records(run)[0], runs.records(mixed)[-1]
+    assert first["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-6)
+    before, after = tensors(mixed / "adapter"), tensors(run / "adapter")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert np.array_equal(before[name], after[name]) == ("lora" not in name), name
+    summary = json.loads((run / "summary.json").read_text())
+    layers, width = runs.SIZES["num_hidden_layers"], runs.SIZES["hidden_size"]
+    assert summary["tiers"][0]["up_bytes"] == 4 * 3 * layers * 2 * width
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora__r": 4}, "query has rank 8 and scale 2.82843"),
+        ({"lora__alpha_pattern": {}}, "value has rank 3 and scale 2.88675"),
+        ({"lora__target_modules": ["query", "key", "value"]}, "key has no adapter in "),
+        ({"lora__r": 16}, "set lora: {r: 8, lora_alpha: 8.0, use_rslora: true, target_modules: "),
+        ({"model__pooling": "mean"}, "task_type is SEQ_CLS, but the model has TOKEN_CLS"),
+        (
+            {"data__label_names": ["pos", "neg"]},
+            "has the labels ['neg', 'pos'], but the data has ['pos', 'neg']",
+        ),
+        (
+            {"lora__modules_to_save": ["pooler"]},
+            "lora.modules_to_save: found ['pooler']; expected ['classifier']",
+        ),
+        ({"lora__init_from": "no/such/folder"}, "adapter_config.json: no such file"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused(world, mixed, capsys, tmp_path, changes, words):
+    config = runs.write_config(tmp_path / "config.yaml", world, **start_from(mixed / "adapter") | changes)
+    assert words in refusal(world, capsys, "train", config, "--run-dir", tmp_path / "run")
+
+
+def test_an_adapter_of_another_base_is_refused_and_both_are_named(world, mixed, capsys, tmp_path):
+    runs.call(world, "export", mixed, "--out", tmp_path / "other")
+    edit_config(tmp_path / "other", base_model_name_or_path="some/other-model")
+    config = runs.write_config(tmp_path / "config.yaml", world, **start_from(tmp_path / "other"))
+    message = refusal(world, capsys, "train", config, "--run-dir", tmp_path / "run")
+    assert f"adapts some/other-model, but model.name is {world.model}" in message
