@@ -1,4 +1,4 @@
-"""The command line: ``fslora train | eval | export | bench``."""
+"""The command line: ``fslora train | describe | eval | export | bench``."""
 
 import dataclasses
 import json
@@ -16,6 +16,7 @@ from fslora_jax import hub
 from fslora_jax.arguments import option, parse, parse_config
 from fslora_jax.bench.command import bench_command
 from fslora_jax.config import DataConfig, TaskName, checked
+from fslora_jax.describe import describe_command
 from fslora_jax.display import TerminalDisplay, print_summary
 from fslora_jax.errors import UserError
 from fslora_jax.federation.exports import export_client, export_clients, export_merged, export_round
@@ -33,6 +34,7 @@ federated round is one compiled program.
 
 commands:
   train CONFIG.yaml   train, or go on with a run folder that exists; any setting can be overridden
+  describe MODEL      what a model, its adapter and a cohort cost: sizes, bytes sent, memory; reads no weights
   eval FOLDER         evaluate a run folder or a PEFT adapter
   export RUN          write a PEFT adapter: the global one, one client's at its own rank, or all clients';
                       or a merged model
@@ -153,6 +155,7 @@ def export_command(argv: Sequence[str]) -> None:
 
 COMMANDS = {
     "train": train_command,
+    "describe": describe_command,
     "eval": eval_command,
     "export": export_command,
     "plan": plan_command,

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from fslora_jax.archives import Package, fetch
@@ -22,7 +22,8 @@ from fslora_jax.packaged import PACKAGED_DATASETS, PACKAGED_MODELS
 from fslora_jax.tensors import INDEX, WHOLE, find_gguf, read_index, refuse_pickled
 
 HUB_SECONDS = 4.0
-MODEL_FILES = ("config.json", "tokenizer.json", WHOLE)
+CONFIG = "config.json"
+MODEL_FILES = (CONFIG, "tokenizer.json", WHOLE)
 HUB_PATTERNS = [*MODEL_FILES, INDEX, "model-*-of-*.safetensors", "tokenizer_config.json"]
 
 T = TypeVar("T")
@@ -63,6 +64,30 @@ def resolve_model(name: str, *, cache_dir: Path | None = None, progress: bool = 
         return _packaged(PACKAGED_MODELS, "models", name, cache_dir, progress)
     except UserError as error:
         raise _nowhere("model", name, "no such folder", on_hub, str(error)) from None
+
+
+def resolve_config(name: str) -> Path:
+    """The ``config.json`` of a model, or a folder with a ``.gguf`` file: from the hub, no weights are downloaded.
+
+    Raises:
+      UserError: as ``resolve_model``.
+    """
+    local = Path(name).expanduser()
+    if local.is_file():
+        return local
+    if local.is_dir():
+        return local / CONFIG if (local / CONFIG).is_file() else local
+
+    def from_hub(local_files_only: bool) -> Path:
+        return _reason(lambda: Path(hf_hub_download(name, CONFIG, local_files_only=local_files_only)))
+
+    with _quiet_hub(progress=False), suppress(UserError):
+        return from_hub(local_files_only=True)
+    with _quiet_hub(progress=False), suppress(UserError):
+        _ask_hub(name, "model")
+        return from_hub(local_files_only=False)
+    folder = resolve_model(name)  # a packaged copy comes whole; or nothing does, and the message says why
+    return folder / CONFIG if (folder / CONFIG).is_file() else folder
 
 
 def resolve_dataset(name: str, *, cache_dir: Path | None = None, progress: bool = True) -> Resolved:

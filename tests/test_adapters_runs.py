@@ -111,7 +111,7 @@ def test_a_run_goes_on_from_an_adapter_and_its_head_can_be_frozen(world, mixed, 
         ({"lora__r": 4}, "query has rank 8 and scale 2.82843"),
         ({"lora__alpha_pattern": {}}, "value has rank 3 and scale 2.88675"),
         ({"lora__target_modules": ["query", "key", "value"]}, "key has no adapter in "),
-        ({"lora__r": 16}, "set lora: {r: 8, lora_alpha: 8.0, use_rslora: true, target_modules: "),
+        ({"lora__r": 16}, "set lora: {r: 8, lora_alpha: 8.0, use_rslora: true, rank_pattern: {bert"),
         ({"model__pooling": "mean"}, "task_type is SEQ_CLS, but the model has TOKEN_CLS"),
         (
             {"data__label_names": ["pos", "neg"]},
