@@ -23,7 +23,7 @@ SHARD = 128e6
 
 def config_of(megabytes: float) -> dict:
     """A Llama with the proportions of a large one: three quarters feed-forward, a tenth embeddings."""
-    layers, hidden = 16, 32 * round((megabytes * 1e6 / 4 / 16 / 13) ** 0.5 / 32)
+    layers, hidden = 16, 64 * round((megabytes * 1e6 / 4 / 16 / 14.25) ** 0.5 / 64)
     return {
         "model_type": "llama",
         "vocab_size": 20 * hidden,

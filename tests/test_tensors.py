@@ -1,9 +1,12 @@
 """Checkpoints in files: shards, damaged indices, pickles, number formats."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
+import loading_peak
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -131,3 +134,12 @@ def test_values_that_the_dtype_cannot_hold_are_told(tiny, tmp_path, value):
     (tmp_path / "config.json").write_bytes((tiny.folder / "config.json").read_bytes())
     with pytest.raises(UserError, match=rf"{name}' holds values that are not finite in float16"):
         load(tmp_path, tiny.pooling, dtype="float16")
+
+
+def test_loading_takes_little_more_memory_than_the_model(tmp_path):
+    loading_peak.make(tmp_path, 150)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    command = [sys.executable, loading_peak.__file__, str(tmp_path)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert found["model_mb"] > 100
+    assert 1 <= found["ratio"] < 1.3
