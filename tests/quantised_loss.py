@@ -20,7 +20,7 @@ from fslora_jax.models import load_model
 from fslora_jax.models.quantise import QUANTISATIONS
 from fslora_jax.types import Local, Trainable
 
-HELD_OUT = 1000
+HELD_OUT = 500
 PIECE = 100
 """Sentences of one batch."""
 
