@@ -144,6 +144,10 @@ class FederationConfig(Section):
     """Rounds of the run."""
     local_steps: Count = 10
     """Optimiser steps of each client in a round (H)."""
+    min_local_steps: Count | None = None
+    """Slow clients: each one of a cohort does between so many steps and `local_steps`, drawn anew in every round."""
+    failure_rate: Fraction = 0.0
+    """Part of the clients that fail in a round and contribute nothing; the average is over those that report."""
     batch_size: Count = 16
     """Examples of a local step."""
     sketching_ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)] = (0.125, 0.25, 0.5, 0.75)
@@ -256,6 +260,11 @@ class Config(Section):
             raise ValueError(
                 f"federation.clients_per_round: found {f.clients_per_round}, expected at most "
                 f"federation.num_clients = {f.num_clients}"
+            )
+        if f.min_local_steps is not None and f.min_local_steps > f.local_steps:
+            raise ValueError(
+                f"federation.min_local_steps: found {f.min_local_steps}, expected at most "
+                f"federation.local_steps = {f.local_steps}"
             )
         for ratio in f.sketching_ratios:
             if round(ratio * r) < 1:

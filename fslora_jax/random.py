@@ -20,6 +20,7 @@ class Purpose(IntEnum):
     DROPOUT = 7
     NETWORK = 8
     SERVER = 9
+    PARTICIPATION = 10
 
 
 def device_key(seed: int, purpose: Purpose) -> Key[Array, ""]:

@@ -20,12 +20,16 @@ import pytest
 import runs
 import torch
 import transformers
+from hypothesis import settings
 
 from fslora_jax.archives import fetch
 from fslora_jax.errors import UserError
 from fslora_jax.hub import default_cache_dir, resolve_model
 from fslora_jax.models import Model, load_model
 from fslora_jax.packaged import PACKAGED_MODELS
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.load_profile("untimed")
 
 SIZES = {
     "vocab_size": 50,

@@ -127,7 +127,7 @@ def run_round(
     optimizer: Callable[[], Sgd | AdamW],
     server: Sgd | AdamW,
     first_step: int = 0,
-) -> tuple[Parameters, np.ndarray]:
+) -> tuple[Parameters, list[np.ndarray]]:
     """New global parameters, and each participant's loss before each step. ``server`` keeps its own state.
 
     ``r`` and ``s`` are rank and scale of each module.
@@ -137,13 +137,15 @@ def run_round(
     for client in participants:
         sketches = {at: sketch(drawn, r[at[0]]) for at, drawn in client.drawn.items()}
         moves, local, mine = moving(x, client.drawn, r), dict(x), optimizer()
+        before_steps = []
         for h, batch in enumerate(client.minibatches):
             loss, grads = loss_and_gradients(base, local, s, sketches, batch)
             local = mine.step(local, grads, moves, first_step + h)
-            losses.append(loss)
+            before_steps.append(loss)
+        losses.append(np.array(before_steps))
         for p in x:
             mean[p] += client.weight * (local[p] - x[p])
     anyone = {at: np.concatenate([c.drawn[at] for c in participants]) for at in base.w}
     gradient = {p: -v for p, v in mean.items()}
     new = server.step(x, gradient, moving(x, anyone, r), 0)
-    return new, np.array(losses).reshape(len(participants), -1)
+    return new, losses

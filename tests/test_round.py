@@ -21,6 +21,28 @@ from fslora_jax.types import Batch, Local
 UNEQUAL = toy.POPULATION._replace(shares=np.array([1.0, 2, 3, 4, 5, 6, 7]))
 
 
+# --- Slow and failing clients ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", toy.OPTIMIZERS)
+def test_clients_of_unequal_steps_are_a_loop_of_real_lengths_over_those_that_report(optimizer):
+    steps = toy.STEPS._replace(min_local_steps=1, failure_rate=0.4)
+    done = [steps.done(len(toy.RANKS), t)[ids] for t, ids in enumerate(toy.COHORTS)]
+    assert {0, 1, 2, 3} >= set(np.concatenate(done)) >= {0, 2}  # the seed makes some fail and some stop early
+    found = toy.play(fslora_with("average"), toy.OPTIMIZERS[optimizer][0], steps=steps)
+    check_with_oracle(found, optimizer, steps=steps)
+
+
+def test_a_round_in_which_all_fail_changes_nothing():
+    steps = toy.STEPS._replace(failure_rate=1 - 1e-9)
+    found = toy.play(fslora_with("average"), toy.OPTIMIZERS["adamw"][0], steps=steps)
+    for server in found.servers[1:]:
+        for a, b in zip(
+            jax.tree.leaves(server.weights), jax.tree.leaves(found.servers[0].weights), strict=True
+        ):
+            np.testing.assert_array_equal(a, b)
+
+
 # --- Identities 3 and 5 -----------------------------------------------------------------------------------------
 
 

@@ -197,6 +197,7 @@ def play(
     dropout: float = 0.0,
     server: Server | None = None,
     seed: int = 5,
+    steps: Steps = STEPS,
 ) -> Played:
     """Plays one round for each cohort with the package's compiled round."""
     lanes = chunks * client_groups(mesh)
@@ -208,7 +209,7 @@ def play(
     base, server = jax.device_put((BASE, first), replicated(mesh))
     servers, losses = [server], {}
     for t, ids in enumerate(cohorts):
-        cohort = make_cohort(population, STEPS, layout, ids, t, shape=SHAPE, chunks=chunks, mesh=mesh)
+        cohort = make_cohort(population, steps, layout, ids, t, shape=SHAPE, chunks=chunks, mesh=mesh)
         server, by_slot = one_round(base, server, keys, cohort)
         servers.append(server)
         losses |= by_client(t, cohort.clients.id, by_slot)

@@ -42,6 +42,19 @@ def sample_cohort(seed: int, round: int, num_clients: int, clients_per_round: in
     return np.sort(rng.choice(num_clients, clients_per_round, replace=False))
 
 
+def steps_done(
+    seed: int, round: int, num_clients: int, *, local_steps: int, min_local_steps: int, failure_rate: float
+) -> np.ndarray:
+    """The local steps that each client would do in a round, 0 where it fails; a pure function of (seed, round).
+
+    >>> steps_done(0, 0, 3, local_steps=5, min_local_steps=5, failure_rate=0.0).tolist()
+    [5, 5, 5]
+    """
+    rng = host_rng(seed, Purpose.PARTICIPATION, round)
+    steps = rng.integers(min_local_steps, local_steps, num_clients, endpoint=True)
+    return np.where(rng.random(num_clients) < failure_rate, 0, steps)
+
+
 def plan_layout(
     ranks: np.ndarray, cohorts: Sequence[np.ndarray], *, r: int, lanes: int, tiered: bool, max_tiers: int = 8
 ) -> Layout:

@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from fslora_jax.data.batches import FILLER, BatchShape, make_batch, shape_for, stream
 from fslora_jax.data.tokens import TokenStore
-from fslora_jax.federation.cohort import EMPTY, Layout, place
+from fslora_jax.federation.cohort import EMPTY, Layout, place, steps_done
 from fslora_jax.federation.round import Cohort
 from fslora_jax.methods import Client
 from fslora_jax.sharding import groups_here, over_clients
@@ -27,20 +27,37 @@ class Population(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The shape of local training: seed of the batches, local steps, examples a step, tokens a row, packing."""
+    """Local training: seed of the batches, local steps, examples a step, tokens a row, packing.
+
+    A client does at least ``min_local_steps`` (by default all) unless it fails, with probability ``failure_rate``.
+    """
 
     seed: int
     local_steps: int
     batch_size: int
     row_length: int
     packing: bool
+    min_local_steps: int | None = None
+    failure_rate: float = 0.0
+
+    def done(self, num_clients: int, round: int) -> Int[np.ndarray, " clients"]:
+        """The steps that each client of the population would do in a round."""
+        return steps_done(
+            self.seed,
+            round,
+            num_clients,
+            local_steps=self.local_steps,
+            min_local_steps=self.min_local_steps or self.local_steps,
+            failure_rate=self.failure_rate,
+        )
 
 
 def local_examples(
     population: Population, steps: Steps, ids: Int[np.ndarray, "*slots"], round: int
 ) -> Int[np.ndarray, "*slots H E"]:
-    """The examples of each client's local steps in a round; fillers in an empty slot."""
+    """The examples of each client's local steps in a round; fillers in an empty slot and in steps not done."""
     count = steps.local_steps * steps.batch_size
+    done = steps.done(len(population.ranks), round)
     chosen = np.full((*ids.shape, count), FILLER)
     for slot, client in np.ndenumerate(ids):
         if client != EMPTY:
@@ -49,6 +66,7 @@ def local_examples(
             chosen[slot] = (
                 deal(window, population.store.lengths, steps.local_steps) if steps.packing else window
             )
+            chosen[slot][done[client] * steps.batch_size :] = FILLER
     return chosen.reshape(*ids.shape, steps.local_steps, steps.batch_size)
 
 
@@ -109,9 +127,10 @@ def make_cohort(
     """The arrays of a round's cohort; every process builds only what its own devices train."""
     lanes = place(ids, population.ranks, layout)
     taken = lanes != EMPTY
-    shares = np.where(taken, population.shares[lanes], 0.0)
+    reports = taken & (steps.done(len(population.ranks), round)[lanes] > 0)
+    shares = np.where(reports, population.shares[lanes], 0.0)
     ranks = np.where(taken, population.ranks[lanes], 1)
-    weights = shares / shares.sum()
+    weights = shares / (shares.sum() or 1.0)  # where all fail, nothing is averaged
     clients = Client._make((lanes.astype(np.int32), ranks.astype(np.int32), weights.astype(np.float32)))
     groups, here = layout.lanes // chunks, slice(None) if mesh is None else groups_here(mesh)
     mine = jax.tree.map(lambda x: x.reshape(groups, chunks, -1)[here], clients)

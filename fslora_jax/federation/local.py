@@ -1,6 +1,8 @@
 """Local training: H optimiser steps of every client at once."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import jax
@@ -47,18 +49,23 @@ def train(
 
     ``batches`` leaves are ``(C, H, ...)``, clients in the order of ``tiers``. The gradient of the summed loss is
     every client's own gradient, since no trained value is shared; whatever is a client's own runs under ``vmap``.
+    A step without examples is no step: it moves nothing, not even the optimiser's state.
     """
 
-    def loss(weights: list[Trainable], batch: Batch, keys: Key[Array, " C"] | None) -> tuple[Array, Array]:
+    def loss(weights: list[Trainable], batch: Batch, keys: Key[Array, " C"] | None):
         held = [tier._replace(weights=w) for tier, w in zip(tiers, weights, strict=True)]
         scores = score(base, held, batch, keys)
-        losses = scores.loss.sum(-1) / jnp.maximum(scores.count.sum(-1), 1.0)
-        return losses.sum(), losses
+        count = scores.count.sum(-1)
+        losses = scores.loss.sum(-1) / jnp.maximum(count, 1.0)
+        return losses.sum(), (losses, count > 0)
 
-    def one_client(weights: Trainable, state: PyTree, grads: Trainable, local: Local, rate: Array):
-        updates, state = optimizer.direction.update(grads, state, weights)
+    def one_client(
+        rate: Array, weights: Trainable, state: PyTree, grads: Trainable, local: Local, active: Array
+    ):
+        updates, moved = optimizer.direction.update(grads, state, weights)
         updates = masked(jax.tree.map(lambda u: -rate * u, updates), local.trains)
-        return jax.tree.map(jnp.add, weights, updates), state
+        new = jax.tree.map(jnp.add, weights, updates), moved
+        return jax.tree.map(partial(jnp.where, active), new, (weights, state))
 
     def step(carry, inputs):
         weights, states = carry
@@ -66,15 +73,17 @@ def train(
         keys = (
             None if dropout_keys is None else jax.vmap(lambda key: jax.random.fold_in(key, h))(dropout_keys)
         )
-        grads, losses = jax.grad(loss, has_aux=True)(weights, batch, keys)
+        grads, (losses, active) = jax.grad(loss, has_aux=True)(weights, batch, keys)
         rate = jnp.asarray(optimizer.learning_rate(first_step + h))
+        by_tier = jnp.split(active, ends[:-1])
         moved = [
-            jax.vmap(one_client, in_axes=(0, 0, 0, 0, None))(*parts, rate)
-            for parts in zip(weights, states, grads, tiers, strict=True)
+            jax.vmap(partial(one_client, rate))(*parts)
+            for parts in zip(weights, states, grads, tiers, by_tier, strict=True)
         ]
         return ([w for w, _ in moved], [s for _, s in moved]), losses
 
     weights = [tier.weights for tier in tiers]
+    ends = list(accumulate(jax.tree.leaves(tier)[0].shape[0] for tier in tiers))
     states = [jax.vmap(optimizer.direction.init)(w) for w in weights]
     by_step = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), batches)
     num_steps = batches.labels.shape[1]

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Float
 
 from fslora_jax import figures
 from fslora_jax.backend import compiler_options
@@ -186,13 +187,13 @@ class Meter:
     """Loss and traffic of a round; refuses a loss that is not finite."""
 
     def __init__(self, federation: Federation):
-        self._ranks = federation.task.population.ranks
-        self._cohorts = federation.cohorts
-        bytes_of = {k: client_traffic(federation, int(k)) for k in set(self._ranks)}
-        per_round = [
-            [sum(bytes_of[k][way] for k in self._ranks[ids]) for ids in self._cohorts] for way in (0, 1)
-        ]
-        self._down, self._up = (np.cumsum(totals) for totals in per_round)
+        ranks, down, up = federation.task.population.ranks, [], []
+        bytes_of = {k: client_traffic(federation, int(k)) for k in set(ranks)}
+        for t, ids in enumerate(federation.cohorts):
+            done = federation.steps.done(len(ranks), t)
+            down.append(sum(bytes_of[k].down for k in ranks[ids]))
+            up.append(sum(bytes_of[k].up for k in ranks[ids[done[ids] > 0]]))
+        self._down, self._up = np.cumsum(down), np.cumsum(up)
 
     def measure(self, t: int, cohort: Cohort, losses: jax.Array) -> dict[str, Any]:
         """Mean training loss of the round, and the bytes of all rounds so far.
@@ -200,8 +201,8 @@ class Meter:
         Raises:
           UserError: a client's loss is NaN or infinite; names the round and the client.
         """
-        ids, by_step = fetch((cohort.clients.id, losses))
-        by_step = by_step[ids != EMPTY]
+        ids, by_step, real = fetch((cohort.clients.id, losses, cohort.batches.weights))
+        by_step, done = by_step[ids != EMPTY], (real > 0).any(axis=-1)[ids != EMPTY]
         broken = ~np.isfinite(by_step)
         if broken.any():
             which, h = np.argwhere(broken)[0]
@@ -211,10 +212,18 @@ class Meter:
                 "the last checkpoint is kept"
             )
         return {
-            "train/loss": math.fsum(by_step.mean(1)) / len(by_step),
+            "train/loss": mean_loss(by_step, done),
+            "clients/reported": int(done.any(1).sum()),
             "traffic/down_bytes": int(self._down[t]),
             "traffic/up_bytes": int(self._up[t]),
         }
+
+
+def mean_loss(by_step: Float[np.ndarray, "C H"], done: Bool[np.ndarray, "C H"]) -> float:
+    """The mean over the clients that trained of each one's mean over its steps; 0 where nobody did."""
+    reported = done.any(1)
+    of_client = (by_step * done).sum(1)[reported] / done.sum(1)[reported]
+    return math.fsum(of_client) / max(len(of_client), 1)
 
 
 def client_traffic(federation: Federation, k: int) -> Traffic:

@@ -166,7 +166,15 @@ def set_up(config: Config) -> Federation:
     cohorts = [sample_cohort(config.seed, t, f.num_clients, size) for t in range(f.num_rounds)]
     lanes = client_groups(mesh) * f.cohort_chunks
     layout = plan_layout(task.population.ranks, cohorts, r=r, lanes=lanes, tiered=f.layout == "tiered")
-    steps = Steps(config.seed, f.local_steps, f.batch_size, config.data.row_length or 0, config.data.packing)
+    steps = Steps(
+        seed=config.seed,
+        local_steps=f.local_steps,
+        batch_size=f.batch_size,
+        row_length=config.data.row_length or 0,
+        packing=config.data.packing,
+        min_local_steps=f.min_local_steps,
+        failure_rate=f.failure_rate,
+    )
     if not steps.row_length:
         steps = steps._replace(row_length=best_row_length(task.population, steps, cohorts))
     shape = plan_shape(task.population, steps, cohorts)
