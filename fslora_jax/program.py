@@ -19,6 +19,7 @@ KINDS = (
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*?\{\n(.*?)^\}", re.S | re.M)
 _COLLECTIVE = re.compile(rf"^\s+(?:ROOT )?%\S+ = (.*?) ({'|'.join(KINDS)})(-start)?\(.*$", re.M)
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?((?:%[\w.-]+(?:, )?)+)")
+_ARRAY = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
 _BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4} | {
     f"{kind}{bits}": bits for kind in "sufc" for bits in (8, 16, 32, 64, 128)
 }
@@ -36,21 +37,24 @@ class Collective(NamedTuple):
 def collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
     """The collectives of an optimised program for devices in a mesh of these ``sizes``.
 
-    Loops count with their trips; an exchange that XLA spread over several fusions counts once.
+    Loops count with their trips. XLA spreads an exchange over several fusions, whose computations each hold a copy,
+    and cuts one exchange of many arrays into several of the same channel: equal ones count as often as one
+    computation has them.
     """
     bodies = dict(_COMPUTATION.findall(text))
     times = _executions(bodies, text)
-    found: dict[str, Collective] = {}
+    found: dict[tuple[str, str], list[Collective]] = {}
     for name, body in bodies.items():
+        here: dict[tuple[str, str], list[Collective]] = {}
         for match in _COLLECTIVE.finditer(body):
             result, kind, start = match.groups()
-            line = match[0]
-            channel = re.search(r"channel_id=(\d+)", line)
-            key = channel[1] if channel else f"{name}/{match.start()}"
-            found[key] = Collective(
-                kind, _axes(line, sizes), _bytes(result, bool(start) and kind != "all-reduce"), times[name]
-            )
-    return list(found.values())
+            size = _bytes(result, bool(start) and kind != "all-reduce")
+            channel = re.search(r"channel_id=(\d+)", match[0])
+            key = channel[1] if channel else name, str(_ARRAY.findall(result))
+            here.setdefault(key, []).append(Collective(kind, _axes(match[0], sizes), size, times[name]))
+        for key, several in here.items():
+            found[key] = max(found.get(key, []), several, key=len)
+    return [one for several in found.values() for one in several]
 
 
 def _executions(bodies: Mapping[str, str], text: str) -> dict[str, int]:
@@ -88,7 +92,7 @@ def _trips(line: str, bodies: Mapping[str, str]) -> int:
 
 def _bytes(result: str, with_operands: bool) -> int:
     """Bytes of a result type; of a started exchange only what arrives, which is the second half."""
-    arrays = re.findall(r"\b([a-z]+\d+|pred)\[([\d,]*)\]", result)
+    arrays = _ARRAY.findall(result)
     if with_operands:
         arrays = [array for array in arrays if array[1]]  # contexts are scalars
         arrays = arrays[len(arrays) // 2 :]

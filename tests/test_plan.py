@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections import Counter
 
 import jax
 import pytest
@@ -45,11 +46,19 @@ HloModule jit_round
   %more = bf16[4,6]{1,0} all-gather(%w), channel_id=3, replica_groups=[8,2]<=[4,2,2]T(0,2,1), dimensions={0}
 }
 
+%copied (p: f32[8]) -> f32[8] {
+  %same = bf16[4,6]{1,0:T(8,128)} all-gather(%w), channel_id=3, replica_groups=[8,2]<=[4,2,2]T(0,2,1), dimensions={0}
+}
+
 ENTRY %main (p: f32[8]) -> f32[8] {
   %w1 = (s32[], f32[8]) while(%p), condition=%limit, body=%outer, backend_config={"known_trip_count":{"n":"3"}}
   %f1 = f32[8] fusion(%p), kind=kCustom, calls=%again
+  %f2 = f32[8] fusion(%f1), kind=kCustom, calls=%copied
   %start = (f32[2]{0}, f32[8]{0}) all-gather-start(%p), channel_id=4, replica_groups={{0,4,8,12}}, dimensions={0}
   %sum = f32[10]{0} all-reduce(%p), channel_id=5, replica_groups=[1,16]<=[16], to_apply=%add
+  %cut1 = f32[7]{0} all-reduce(%a), channel_id=7, replica_groups={{0,4,8,12}}, to_apply=%add
+  %cut2 = f32[7]{0:T(128)} all-reduce(%b), channel_id=7, replica_groups={{0,4,8,12}}, to_apply=%add
+  %cut3 = f32[9]{0} all-reduce(%c), channel_id=7, replica_groups={{0,4,8,12}}, to_apply=%add
   ROOT %move = f32[8]{0} collective-permute(%p), channel_id=6, source_target_pairs={{0,1},{1,0}}
 }
 """
@@ -57,14 +66,18 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 def test_collectives_with_their_axes_bytes_and_times():
     found = collectives(PROGRAM, SIZES)
-    assert set(found) == {
-        Collective("all-gather", ("fsdp",), 48, 15),
-        Collective("all-reduce", ("tensor",), 20, 3),
-        Collective("all-gather", ("fsdp",), 48, 1),
-        Collective("all-gather", ("clients",), 32, 1),
-        Collective("all-reduce", ("clients", "fsdp", "tensor"), 40, 1),
-        Collective("collective-permute", ("tensor",), 32, 1),
-    }
+    assert Counter(found) == Counter(
+        [
+            Collective("all-gather", ("fsdp",), 48, 15),
+            Collective("all-reduce", ("tensor",), 20, 3),
+            Collective("all-gather", ("fsdp",), 48, 1),
+            Collective("all-gather", ("clients",), 32, 1),
+            Collective("all-reduce", ("clients", "fsdp", "tensor"), 40, 1),
+            Collective("collective-permute", ("tensor",), 32, 1),
+            *[Collective("all-reduce", ("clients",), 28, 1)] * 2,
+            Collective("all-reduce", ("clients",), 36, 1),
+        ]
+    )
 
 
 @pytest.mark.parametrize(
