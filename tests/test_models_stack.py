@@ -1,4 +1,4 @@
-"""The scanned stack, its dropout and rematerialisation, and attention, with naive loops as oracles."""
+"""Attention, rematerialisation and pooling, with naive loops as oracles."""
 
 import functools
 
@@ -6,50 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from fslora_jax.errors import UserError
 from fslora_jax.models import attention, heads, stack
-from fslora_jax.models.layers import Layer
-from fslora_jax.types import Batch, Local, Pair, Trainable
-
-WIDTH, LAYERS, CLIENTS, RATE = 64, 3, 2, 0.5
-
-
-class Collects(Layer):
-    """Adds what its one adapter lets through of ones."""
-
-    def __init__(self, rngs):
-        zeros = nnx.initializers.zeros
-        module = nnx.Linear(WIDTH, WIDTH, use_bias=False, kernel_init=zeros, rngs=rngs)
-        super().__init__({"only": module}, {}, RATE)
-
-    def __call__(self, x, project, shared, weight):
-        return x + weight * project("only", shared)
-
-
-def collected(weights, dropout):
-    """What the stack collects, with an adapter that is the identity."""
-    parts = {"layers": Collects}
-    base = stack.init_base(parts, LAYERS, jax.random.key(0))
-    eye = jnp.broadcast_to(jnp.eye(WIDTH), (CLIENTS, LAYERS, WIDTH, WIDTH))
-    ones = {"only": jnp.ones((CLIENTS, LAYERS, WIDTH))}
-    tier = Local(Trainable({"only": Pair(eye, eye)}, {}), ones, ones, {})
-    x = jnp.zeros((CLIENTS, 1, 1, WIDTH))
-    graph = stack.graphs(parts)["layers"]
-    weights = jnp.array(weights)
-    return stack.run_layers(graph, base["layers"], [tier], x, jnp.ones_like(x), (weights,), dropout=dropout)
-
-
-def test_layers_and_clients_draw_their_own_masks_and_layers_get_their_own_inputs():
-    weights = [1.0, 2.0, 4.0]  # each sum of some of them names its layers
-    out = np.asarray(collected(weights, jax.random.split(jax.random.key(1), CLIENTS)))[:, 0, 0] * (1 - RATE)
-    passed = np.stack([(out.astype(int) >> n) & 1 for n in range(LAYERS)])  # (N, C, D)
-    np.testing.assert_allclose((passed * np.array(weights)[:, None, None]).sum(0), out, atol=1e-5)
-    masks = passed.reshape(-1, WIDTH)
-    same = (masks[:, None] == masks[None]).mean(-1)[~np.eye(len(masks), dtype=bool)]
-    assert same.max() < 0.8 and 0.35 < masks.mean() < 0.65
-    np.testing.assert_allclose(collected(weights, None), 7.0, atol=1e-5)
+from fslora_jax.types import Batch
 
 
 def qkv(heads=4, groups=2, d=3, length=5):
