@@ -42,8 +42,22 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "xlm-roberta": ("xlm-roberta", "native", {}),
     "mpnet": ("mpnet", "native", {"target_modules": ["q", "output.dense"]}),
     "distilbert": ("distilbert", "native", {"target_modules": ["q_lin", "lin1"]}),
+    "llama": ("llama", "native", {"target_modules": "all-linear", "rank_pattern": {"mlp.up_proj": 3}}),
+    "llama-causal": ("llama", "causal", {}),
+    "qwen2-causal": ("qwen2", "causal", {"target_modules": ["q_proj", "up_proj", "down_proj"]}),
+    "gemma2-causal": ("gemma2", "causal", {}),
 }
-"""Name of a row -> (model_type, pooling, settings of the adapter beyond r and lora_alpha)."""
+"""Name of a row -> (model_type, pooling or "causal", settings of the adapter beyond r and lora_alpha)."""
+
+DECODER = {
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "intermediate_size": 24,
+    "max_position_embeddings": 20,
+    "tie_word_embeddings": True,
+}
 
 
 class Case(NamedTuple):
@@ -62,14 +76,15 @@ def make_case(folder: Path, row: str) -> Case:
     """Writes the base model with a tokenizer, and draws an adapter and a head for it."""
     model_type, pooling, settings = ROWS[row]
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(model_type, **(FAMILIES[model_type] | SIZES))
+    config = transformers.AutoConfig.for_model(model_type, **(FAMILIES.get(model_type, DECODER) | SIZES))
     transformers.AutoModel.from_config(config).save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
     ).save_pretrained(folder)
-    model, base = load_model(folder, num_labels=len(LABELS), pooling=pooling)
+    options = {"task": "causal"} if pooling == "causal" else {"pooling": pooling}
+    model, base = load_model(folder, num_labels=len(LABELS), **options)
     lora = LoraConfig.model_validate({"r": R, "lora_alpha": ALPHA, **settings})
     spec, rng = model_spec(lora, model), np.random.default_rng(1)
     adapter = {
@@ -99,8 +114,12 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 def torch_base(case: Case):
     """The model in transformers, with a random head."""
-    pooling = {"SEQ_CLS": "native", "TOKEN_CLS": "mean"}[case.model.naming.task_type]
-    return POOLINGS[pooling].from_pretrained(case.folder, num_labels=len(LABELS)).eval()
+    auto = {
+        "SEQ_CLS": POOLINGS["native"],
+        "TOKEN_CLS": POOLINGS["mean"],
+        "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    }[case.model.naming.task_type]
+    return auto.from_pretrained(case.folder, num_labels=len(LABELS)).eval()
 
 
 def texts() -> tuple[np.ndarray, np.ndarray]:
@@ -110,12 +129,14 @@ def texts() -> tuple[np.ndarray, np.ndarray]:
 
 
 def torch_logits(model: Any, task_type: str) -> np.ndarray:
-    """Of both texts; a mean-pooled head is stored as a token classifier."""
+    """Of both texts; a mean-pooled head is stored as a token classifier, and padding predicts nothing."""
     tokens, mask = map(torch.tensor, texts())
     with torch.no_grad():
         logits = model(input_ids=tokens, attention_mask=mask).logits
     if task_type == "TOKEN_CLS":
         logits = (logits * mask[..., None]).sum(1) / mask[..., None].sum(1)
+    if task_type == "CAUSAL_LM":
+        logits = logits * mask[..., None]
     return logits.numpy()
 
 
@@ -133,7 +154,8 @@ def jax_logits(case: Case, adapter: Adapter, scale: dict[str, Any]) -> np.ndarra
     )
     local = Local(Trainable(adapter, case.head), scale, trains={}, index={})
     one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (local, batch))
-    return np.asarray(case.model.apply(case.base, [one[0]], one[1])[0])
+    logits = np.asarray(case.model.apply(case.base, [one[0]], one[1])[0])
+    return logits * texts()[1][..., None] if case.model.naming.task_type == "CAUSAL_LM" else logits
 
 
 def global_logits(case: Case) -> np.ndarray:

@@ -102,5 +102,9 @@ def test_the_model_card_runs_as_it_stands(tmp_path, case):
     )
     names: dict[str, Any] = {}
     exec(code, names)
+    if case.model.naming.task_type == "CAUSAL_LM":
+        prompt, tokens = names["batch"]["input_ids"], names["tokens"]
+        assert tokens.shape[1] > prompt.shape[1] and (tokens[:, : prompt.shape[1]] == prompt).all()
+        return
     np.testing.assert_allclose(names["logits"].numpy(), global_logits(case), rtol=1e-4, atol=1e-4)
     assert names["labels"] == list(LABELS)

@@ -16,8 +16,12 @@ from fslora_jax.models import load_model
 from fslora_jax.rundir import load_run_config
 from fslora_jax.types import Trainable
 
-POOLING_OF = {"SEQ_CLS": "native", "TOKEN_CLS": "mean"}
-"""PEFT's task type -> the pooling that an export of this package stores under it."""
+MODEL_OF = {
+    "SEQ_CLS": {"pooling": "native"},
+    "TOKEN_CLS": {"pooling": "mean"},
+    "CAUSAL_LM": {"task": "causal"},
+}
+"""PEFT's task type -> the options of the model that an export of this package stores under it."""
 
 
 def load_round(run_dir: Path, round: int | None) -> tuple[Config, Federation, Server]:
@@ -61,8 +65,8 @@ def evaluate_adapter(folder: Path, data: DataConfig) -> dict[str, float]:
     model, base = load_model(
         base_folder,
         num_labels=outputs(data, test),
-        pooling=POOLING_OF[saved.config.task_type],
         dtype="float32",
+        **MODEL_OF[saved.config.task_type],
     )
     check_fits(saved, model)
     batches = test_batches(base_folder, model, test, data)
