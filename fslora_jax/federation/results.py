@@ -1,6 +1,7 @@
 """What comes after training: open a run again, evaluate it or an adapter folder."""
 
 from pathlib import Path
+from typing import Any
 
 from fslora_jax import hub
 from fslora_jax.adapters.read import check_fits, read_adapter
@@ -16,7 +17,7 @@ from fslora_jax.models import load_model
 from fslora_jax.rundir import load_run_config
 from fslora_jax.types import Trainable
 
-MODEL_OF = {
+MODEL_OF: dict[str, dict[str, Any]] = {
     "SEQ_CLS": {"pooling": "native"},
     "TOKEN_CLS": {"pooling": "mean"},
     "CAUSAL_LM": {"task": "causal"},
