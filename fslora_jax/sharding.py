@@ -163,6 +163,19 @@ def gathered(weights: T) -> T:
     return jax.tree.map_with_path(whole, weights)
 
 
+def own_like(tree: T, like: Array) -> T:
+    """Values as each group's own where ``like`` is: what a loop carries must be so from the start."""
+
+    def varying(x: Array) -> frozenset[str]:
+        return jax.typeof(x).manual_axis_type.varying
+
+    def own(x: Array) -> Array:
+        missing = tuple(varying(like) - varying(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(own, tree)
+
+
 def whole(tree: T) -> T:
     """Values that every device of a group shall hold."""
     if not (_splits(FSDP) or _splits(TENSOR)):

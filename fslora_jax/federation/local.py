@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from fslora_jax.sharding import own_like
 from fslora_jax.types import Batch, Local, Pair, Score, Trainable
 
 ScoreFn = Callable[[PyTree, Sequence[Local], Batch, Key[Array, " C"] | None], Score]
@@ -84,7 +85,7 @@ def train(
 
     weights = [tier.weights for tier in tiers]
     ends = list(accumulate(jax.tree.leaves(tier)[0].shape[0] for tier in tiers))
-    states = [jax.vmap(optimizer.direction.init)(w) for w in weights]
+    states = [own_like(jax.vmap(optimizer.direction.init)(w), jax.tree.leaves(w)[0]) for w in weights]
     by_step = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), batches)
     num_steps = batches.labels.shape[1]
     (weights, _), losses = jax.lax.scan(step, (weights, states), (by_step, jnp.arange(num_steps)))
