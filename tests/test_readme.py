@@ -24,9 +24,9 @@ def test_the_python_example_says_what_its_comment_says(capsys):
     assert capsys.readouterr().out.strip() == re.findall(r"print\(.*\)  # (\(.*?\))", code)[0]
 
 
-def test_the_config_example_is_valid():
-    (text,) = blocks("yaml")
-    config = make_config(yaml.safe_load(text), "README.md")
+def test_the_config_examples_are_valid_together():
+    config = make_config(yaml.safe_load("".join(blocks("yaml"))), "README.md")
+    assert config.lora.rank_pattern == {"output.dense": 4}
     assert config.clients_per_round == 10
 
 
