@@ -102,6 +102,8 @@ class DataConfig(Section):
     """Split of a hub data set that is held out; by default the task's own."""
     test_examples: Count = 1000
     """Number of examples held out at random, where nothing else says which."""
+    max_test_examples: Count | None = None
+    """At most so many of the held-out examples, drawn at random; by default all."""
     learn: Literal["completion", "all"] = "completion"
     """What a language model learns to predict: the answers, or every token."""
     text_columns: tuple[str, ...] = ("text",)
@@ -123,10 +125,16 @@ class DataConfig(Section):
 class PartitionConfig(Section):
     """Who holds which examples."""
 
-    name: Literal["iid", "dirichlet"] = "dirichlet"
-    """`dirichlet` draws each label's shares over the clients from Dirichlet(dirichlet_alpha)."""
+    name: Literal["iid", "dirichlet", "shards", "quantity", "natural"] = "dirichlet"
+    """`dirichlet` draws each label's shares over the clients from Dirichlet(dirichlet_alpha); `shards` deals
+    pieces of the data sorted by label; `quantity` skews the sizes alone; `natural` has a client for each value of
+    data.client_column."""
+    by: Literal["label", "task"] = "label"
+    """What `dirichlet` and `shards` divide: labels, or the tasks of data.parts."""
     dirichlet_alpha: Positive = 0.1
-    """Small values skew the labels strongly."""
+    """Of `dirichlet` and `quantity`; small values skew strongly."""
+    shards_per_client: Count = 2
+    """Of `shards`."""
     min_examples: Annotated[int, Field(ge=0)] = 1
     """No client holds fewer examples."""
 
@@ -152,6 +160,11 @@ class FederationConfig(Section):
     """Examples of a local step."""
     sketching_ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)] = (0.125, 0.25, 0.5, 0.75)
     """k / r, dealt to the clients in turn: client i gets the i-th, cyclically."""
+    ranks: Literal["turn", "random", "uniform", "normal", "heavy_tail"] = "turn"
+    """How clients get their k: the sketching_ratios in turn or drawn at random, or k from a distribution on
+    rank_range (`heavy_tail` has many small ones)."""
+    rank_range: tuple[Count, Count] = (1, 32)
+    """Least and largest k of `uniform`, `normal` and `heavy_tail`."""
     share_sketch: bool = False
     """One draw for all adapted modules of a client, instead of one for each."""
     client_weights: Literal["uniform", "examples"] = "uniform"
@@ -265,6 +278,12 @@ class Config(Section):
             raise ValueError(
                 f"federation.min_local_steps: found {f.min_local_steps}, expected at most "
                 f"federation.local_steps = {f.local_steps}"
+            )
+        if not f.rank_range[0] <= f.rank_range[1]:
+            raise ValueError(f"federation.rank_range: found {list(f.rank_range)}, expected [least, largest]")
+        if f.ranks in ("uniform", "normal", "heavy_tail") and f.rank_range[1] > r:
+            raise ValueError(
+                f"federation.rank_range: k up to {f.rank_range[1]}, but lora.r is {r}; lower it or raise lora.r"
             )
         for ratio in f.sketching_ratios:
             if round(ratio * r) < 1:

@@ -7,9 +7,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, PyTree, Real
+from jaxtyping import Bool, Float, Int, PyTree
 
 from fslora_jax.backend import compiler_options
+from fslora_jax.data.batches import FILLER
+from fslora_jax.data.held_out import HeldOut
 from fslora_jax.federation.local import ScoreFn
 from fslora_jax.methods import Spec, whole
 from fslora_jax.metrics import METRICS
@@ -17,14 +19,13 @@ from fslora_jax.sharding import replicated
 from fslora_jax.types import Batch, Score, Trainable
 
 
-class Evaluated(NamedTuple):
-    """The score of each example, as in ``types.Score``, and its label; without fillers."""
+class Answers(NamedTuple):
+    """The score of each row, as in ``types.Score``, without fillers."""
 
     loss: Float[np.ndarray, " n"]
     correct: Float[np.ndarray, " n"]
     count: Float[np.ndarray, " n"]
     predicted: Float[np.ndarray, " n"]
-    labels: Real[np.ndarray, " n"]
 
 
 def make_evaluation(
@@ -47,22 +48,54 @@ def make_evaluation(
     return jax.jit(evaluation, out_shardings=replicated(mesh), compiler_options=compiler_options())
 
 
-def gather(score: Score, batches: Batch) -> Evaluated:
-    """All examples in one row, fillers left out."""
-    real = np.asarray(batches.weights) > 0
-    return Evaluated(*(np.asarray(x)[real] for x in (*jax.device_get(score), batches.labels)))
+def gather(score: Score, slots: Int[np.ndarray, "batches E"]) -> Answers:
+    """The scores of all rows in their order, fillers left out; ``slots`` as ``HeldOut`` has them."""
+    real = slots != FILLER
+    order = np.argsort(slots[real])
+    return Answers(*(np.asarray(x)[real][order] for x in jax.device_get(score)))
 
 
-def measure(found: Evaluated, metrics: Sequence[str]) -> dict[str, float]:
-    """The loss per label or token, and ``metrics``; without any, the part of tokens that is right.
+def measure(score: Score, held: HeldOut, metrics: Sequence[str]) -> dict[str, float]:
+    """What ``measure_rows`` finds of all rows, and then of each group, under ``GROUP/``."""
+    answers, groups = gather(score, held.slots), np.array(held.groups)
+    values = measure_rows(answers, held, np.ones(len(held.owner), bool), metrics)
+    for group in sorted(set(held.groups)):
+        found = measure_rows(answers, held, groups == group, metrics)
+        values |= {f"{group}/{name}": value for name, value in found.items()}
+    return values
+
+
+def measure_rows(
+    answers: Answers, held: HeldOut, rows: Bool[np.ndarray, " rows"], metrics: Sequence[str]
+) -> dict[str, float]:
+    """The loss of what is right and ``metrics``; of language models which tokens, and which options, are right.
 
     A metric that is not defined, such as a correlation with a constant, is left out.
     """
-    values = {"loss": mean(found.loss, found.count)}
+    right = held.right & rows
+    said = Answers(*(x[right] for x in answers))
+    values = {"loss": mean(said.loss, said.count)}
+    if not held.right.all():
+        options = held.owner[rows], held.right[rows]
+        values["option_accuracy"] = option_accuracy(answers.loss[rows], *options)
+        values["option_accuracy_per_token"] = option_accuracy((answers.loss / answers.count)[rows], *options)
     if not metrics:
-        values["token_accuracy"] = mean(found.correct, found.count)
-    values |= {name: METRICS[name](found.predicted, found.labels) for name in metrics}
+        values["token_accuracy"] = mean(said.correct, said.count)
+    values |= {name: METRICS[name](said.predicted, held.labels[right]) for name in metrics}
     return {name: value for name, value in values.items() if name == "loss" or not math.isnan(value)}
+
+
+def option_accuracy(
+    loss: Float[np.ndarray, " rows"], owner: Int[np.ndarray, " rows"], right: Bool[np.ndarray, " rows"]
+) -> float:
+    """How often the option with the least loss, the first of several, is the right one.
+
+    >>> option_accuracy(np.array([2.0, 1.0, 3.0, 4.0]), np.array([0, 0, 1, 1]), np.array([False, True, False, True]))
+    0.5
+    """
+    order = np.lexsort((loss, owner))
+    first = np.append(True, owner[order][1:] != owner[order][:-1])
+    return float(right[order][first].mean())
 
 
 def mean(sums: Float[np.ndarray, " n"], counts: Float[np.ndarray, " n"]) -> float:

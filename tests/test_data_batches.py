@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fslora_jax.data.batches import FILLER, BatchShape, eval_batches, fill, make_batch, shape_for, stream
+from fslora_jax.data.batches import FILLER, BatchShape, deal_out, fill, make_batch, shape_for, stream
 from fslora_jax.data.tokens import TokenStore
 from fslora_jax.errors import UserError
 from fslora_jax.types import Batch
@@ -92,7 +92,9 @@ def test_evaluation_sees_every_example_once(seed, n, batch_examples, pack):
     store, _ = random_store(seed)
     examples = np.random.default_rng(seed).permutation(30)[:n]
     unique = np.arange(100, 130)  # labels that tell the examples apart
-    batches = list(eval_batches(store, unique, examples, batch_examples, LENGTH, pack))
+    dealt = deal_out(store, examples, batch_examples)
+    shape = shape_for(store, dealt, LENGTH, pack)
+    batches = [make_batch(store, unique, chosen, shape, pack) for chosen in dealt]
     assert len({tuple(a.shape for a in batch) for batch in batches}) == 1
     assert len(batches) == -(-n // batch_examples)
     seen = np.concatenate([np.asarray(b.labels)[np.asarray(b.weights) > 0] for b in batches])
@@ -126,8 +128,8 @@ def test_a_language_model_is_asked_for_every_learned_token_once(seed, pack, slac
 
 
 def test_evaluation_of_nothing_has_no_batches():
-    store, labels = random_store(0)
-    assert list(eval_batches(store, labels, np.zeros(0, int), 4, LENGTH, True)) == []
+    store, _ = random_store(0)
+    assert deal_out(store, np.zeros(0, int), 4).shape == (0, 4)
 
 
 def test_dealing_fills_the_rows():
@@ -137,7 +139,9 @@ def test_dealing_fills_the_rows():
     store = TokenStore(
         np.ones(total, np.int32), np.append(0, np.cumsum(lengths)), *np.zeros((2, total), np.int8)
     )
-    batches = list(eval_batches(store, np.zeros(500, int), np.arange(500), 50, 128, True))
+    dealt = deal_out(store, np.arange(500), 50)
+    shape = shape_for(store, dealt, 128, True)
+    batches = [make_batch(store, np.zeros(500, int), chosen, shape, True) for chosen in dealt]
     assert min(map(fill, batches)) > 0.9
 
 

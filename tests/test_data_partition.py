@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fslora_jax.data.partition import PARTITIONS, check_partition, dirichlet, iid, label_counts
+from fslora_jax.data.partition import (
+    PARTITIONS,
+    check_partition,
+    describe,
+    dirichlet,
+    iid,
+    label_counts,
+    natural,
+    quantity,
+    shards,
+)
 from fslora_jax.errors import UserError
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -61,10 +71,10 @@ def test_the_mean_squared_share_is_that_of_a_dirichlet():
     assert counts.sum(1) / 20_000 == pytest.approx(np.full(5, 0.2), abs=0.04)
 
 
-@pytest.mark.parametrize("name", PARTITIONS)
+@pytest.mark.parametrize("name", sorted(PARTITIONS.keys() - {"natural"}))  # a function of its labels alone
 def test_a_partition_is_a_function_of_its_generator(name):
     labels = np.arange(90) % 3
-    options = {"alpha": 0.5} if name == "dirichlet" else {}
+    options = {"shards": {"shards_per_client": 2}, "iid": {}}.get(name, {"alpha": 0.5})
     first, again, other = (
         PARTITIONS[name](labels=labels, num_clients=5, rng=np.random.default_rng(seed), **options)
         for seed in (0, 0, 1)
@@ -103,3 +113,54 @@ def test_a_client_without_data_is_named():
     check_partition([np.array([0]), np.array([1])])
     with pytest.raises(UserError, match=r"client 1 has no data \(2 of 3 clients\)"):
         check_partition([np.array([0, 1]), np.array([], int), np.array([], int)])
+
+
+@given(seed=SEEDS, labels=st.lists(st.integers(0, 4), min_size=1, max_size=60), data=st.data())
+def test_shards_cover_and_hold_few_labels(seed, labels, data):
+    num_clients = data.draw(st.integers(1, len(labels)))
+    each = data.draw(st.integers(1, len(labels) // num_clients))
+    partition = shards(np.array(labels), num_clients, each, np.random.default_rng(seed))
+    check_cover(partition, num_clients, len(labels))
+    # A shard of equal labels has one; each border between two labels lies within one shard.
+    held = sum(len(set(np.array(labels)[share])) for share in partition)
+    assert held <= num_clients * each + len(set(labels)) - 1
+    assert max(map(len, partition)) - min(map(len, partition)) <= each
+
+
+@given(seed=SEEDS, n=st.integers(1, 60), alpha=st.floats(1e-2, 1e6), floor=st.integers(0, 3), data=st.data())
+def test_quantity_skews_the_sizes_and_keeps_the_floor(seed, n, alpha, floor, data):
+    num_clients = data.draw(st.integers(1, max(1, n // max(1, floor))))
+    floor = min(floor, n // num_clients)
+    partition = quantity(np.zeros(n, int), num_clients, alpha, np.random.default_rng(seed), floor)
+    check_cover(partition, num_clients, n)
+    assert min(map(len, partition)) >= floor
+
+
+def test_quantity_leaves_the_labels_alone():
+    labels = np.arange(20_000) % 2
+    counts = label_counts(labels, quantity(labels, 5, 1.0, np.random.default_rng(0)), 2)
+    assert np.ptp(counts.sum(1)) > 1000
+    assert (counts / counts.sum(1, keepdims=True))[:, 0] == pytest.approx(np.full(5, 0.5), abs=0.05)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40))
+def test_natural_clients_are_the_labels(labels):
+    owners = np.array(labels)
+    partition = natural(owners, len(set(labels)), np.random.default_rng(0))
+    check_cover(partition, len(set(labels)), len(labels))
+    assert [set(owners[share]) for share in partition] == [{owner} for owner in sorted(set(labels))]
+
+
+def test_natural_clients_that_do_not_fit():
+    owners, rng = np.array([0, 0, 1, 1, 2]), np.random.default_rng(0)
+    with pytest.raises(UserError, match="num_clients is 2, but the column names 3 clients; set it to 3"):
+        natural(owners, 2, rng)
+    with pytest.raises(UserError, match="min_examples is 2, but client 2 has 1"):
+        natural(owners, 3, rng, 2)
+
+
+def test_a_description_counts_and_measures():
+    found = describe(np.array([[3, 1], [0, 4]]), ["a", "b"])
+    assert found["clients"] == [{"a": 3, "b": 1}, {"a": 0, "b": 4}]
+    assert found["examples"] == {"least": 4, "median": 4.0, "most": 4}
+    assert found["label_skew"] == pytest.approx(3 / 8)

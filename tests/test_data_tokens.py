@@ -124,6 +124,12 @@ def test_completions_are_learned_and_prompts_are_not():
     assert store.truncated == 0
 
 
+def test_an_end_that_the_tokenizer_writes_is_learned_as_well():
+    store = tokens.encode_prompts(build(), (PROMPTS, COMPLETIONS), 99, len(WORDS), end=3)
+    assert rows(store, store.tokens)[1] == [2, 4, 5, 3]
+    assert rows(store, store.learned)[1] == [0, 0, 1, 1]
+
+
 def test_all_but_the_first_token_is_learned_on_request():
     assert rows(encode_all(), encode_all(learn_all=True).learned)[1] == [0, 1, 1, 1]
 

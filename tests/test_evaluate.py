@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, log_loss, matthews_corrcoef
 
 from fslora_jax.data.batches import FILLER, make_batch, shape_for
+from fslora_jax.data.held_out import HeldOut
 from fslora_jax.data.tokens import TokenStore
 from fslora_jax.evaluate import gather, make_evaluation, measure
 from fslora_jax.lora import Target
 from fslora_jax.methods import Spec
 from fslora_jax.models.scores import of_labels, of_numbers, of_tokens
-from fslora_jax.types import Batch, Pair, Trainable
+from fslora_jax.types import Batch, Pair, Score, Trainable
 
 LABELS, VOCAB = 3, 7
 
@@ -27,6 +28,20 @@ def batch_of(labels: np.ndarray, weights: np.ndarray) -> Batch:
     return Batch(nothing, nothing, nothing, nothing, jnp.asarray(labels), weights, nothing[..., :0])
 
 
+def held(labels: np.ndarray, slots: np.ndarray, batches: Batch) -> HeldOut:
+    """Rows of which each is an example."""
+    n = len(labels)
+    return HeldOut(batches, slots, np.arange(n), np.ones(n, bool), labels, ())
+
+
+def of_batch(batch: Batch) -> HeldOut:
+    """Held-out rows in the order of one batch, fillers left out."""
+    real = np.asarray(batch.weights) > 0
+    return held(
+        np.asarray(batch.labels)[real], np.where(real, real.cumsum().reshape(real.shape) - 1, FILLER), batch
+    )
+
+
 def random_case(seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     logits = 3 * rng.standard_normal((1, number, LABELS)).astype(np.float32)
@@ -36,7 +51,7 @@ def random_case(seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
 def test_measures_are_those_of_scikit_learn():
     logits, labels = random_case(0, 200)
     batch = batch_of(labels, np.ones(labels.shape))
-    found = measure(gather(of_labels(logits, batch), batch), ["accuracy", "matthews_correlation"])
+    found = measure(of_labels(logits, batch), of_batch(batch), ["accuracy", "matthews_correlation"])
     probabilities = np.asarray(jax.nn.softmax(logits[0], -1), np.float64)
     probabilities /= probabilities.sum(-1, keepdims=True)
     predicted = probabilities.argmax(-1)
@@ -55,12 +70,38 @@ def test_fillers_do_not_count(score):
     for found, expected in zip(with_fillers, alone, strict=True):
         assert found[:, ~real].tolist() == [[0, 0]]
         np.testing.assert_allclose(found.sum(), expected.sum(), rtol=1e-6)
-    jax.tree.map(np.testing.assert_array_equal, gather(with_fillers, padded), gather(alone, whole))
+    found, expected = (
+        gather(score, of_batch(b).slots) for score, b in ((with_fillers, padded), (alone, whole))
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_answers_come_back_in_the_order_of_the_rows():
+    slots = np.array([[3, 0, FILLER], [1, 2, 4]])
+    values = jnp.where(slots == FILLER, 0.0, slots)
+    assert gather(Score(*[values] * 4), slots).loss.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_options_and_groups():
+    """Two examples of three and two options; a sum favours the short one, a mean the long one."""
+    loss, count = np.array([2.0, 3.0, 9.0, 1.0, 0.5]), np.array([1.0, 3.0, 1.0, 1.0, 1.0])
+    score = Score(*jnp.array([[loss], [count], [count], [0 * count]]))
+    rows = held(np.zeros(5, int), np.arange(5)[None], batch_of(np.zeros((1, 5), int), np.ones((1, 5))))
+    rows = rows._replace(
+        owner=np.array([0, 0, 0, 1, 1]),
+        right=np.array([False, True, False, False, True]),
+        groups=("a", "a", "a", "b", "b"),
+    )
+    found = measure(score, rows, [])
+    assert found["loss"] == pytest.approx((3 + 0.5) / (3 + 1))
+    assert (found["option_accuracy"], found["option_accuracy_per_token"]) == (0.5, 1.0)
+    assert (found["a/option_accuracy"], found["b/option_accuracy"]) == (0.0, 1.0)
+    assert found["a/loss"] == 1.0
 
 
 def test_numbers_are_scored_by_their_squared_error():
     batch = batch_of(np.array([[1.5, -2.0]], np.float32), np.ones((1, 2)))
-    found = measure(gather(of_numbers(jnp.array([[[1.0], [1.0]]]), batch), batch), ["pearson"])
+    found = measure(of_numbers(jnp.array([[[1.0], [1.0]]]), batch), of_batch(batch), ["pearson"])
     assert found == {"loss": pytest.approx((0.25 + 9) / 2)}  # the correlation with a constant is not defined
 
 
@@ -103,11 +144,11 @@ def test_an_evaluation_is_one_pass_over_all_batches_with_the_whole_adapter():
         return of_labels(base * total * jax.nn.one_hot(batch.labels, LABELS), batch)
 
     batches = batch_of(np.array([[0, 1, 2, 0], [2, 1, 0, 0]]), np.array([[1, 1, 1, 1], [1, 1, 0, 0]]))
-    score_all = make_evaluation(score, spec)
-    found = gather(score_all(jnp.float32(0.1), Trainable({"m": pair}, {}), batches), batches)
-    assert found.labels.tolist() == found.predicted.tolist() == [0, 1, 2, 0, 2, 1]
+    scores = make_evaluation(score, spec)(jnp.float32(0.1), Trainable({"m": pair}, {}), batches)
+    rows = of_batch(batches)
+    assert gather(scores, rows.slots).predicted.tolist() == rows.labels.tolist() == [0, 1, 2, 0, 2, 1]
     hot = 0.1 * 0.5 * 15
-    assert measure(found, ["accuracy"]) == {
+    assert measure(scores, rows, ["accuracy"]) == {
         "loss": pytest.approx(np.log(np.exp(hot) + 2) - hot, rel=1e-5),
         "accuracy": 1.0,
     }

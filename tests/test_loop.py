@@ -174,6 +174,6 @@ def test_texts_in_pairs_and_a_test_file_of_its_own(world, tmp_path):
         data__label_names=[1, 0],
     )
     assert federation.task.label_names == ("1", "0")
-    assert federation.task.test.weights.sum() == 8
-    assert federation.task.test.types.max() == 1
+    assert federation.task.test.batches.weights.sum() == 8
+    assert federation.task.test.batches.types.max() == 1
     np.testing.assert_array_equal(federation.task.population.labels[:4], [0, 1, 0, 1])

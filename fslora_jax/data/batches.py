@@ -1,6 +1,5 @@
 """Minibatches as pure functions: which examples a client sees when, and the arrays that hold them."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -94,15 +93,10 @@ def shape_for(
     return BatchShape(int(rows.max(initial=-1)) + 1, row_length, int(by_row.max(initial=0)))
 
 
-def eval_batches(
-    store: TokenStore,
-    labels: Int[np.ndarray, " n"],
-    examples: Int[np.ndarray, " m"],
-    batch_examples: int,
-    row_length: int,
-    pack: bool,
-) -> Iterator[Batch]:
-    """Every example once, in batches of one shape; fillers complete the last ones.
+def deal_out(
+    store: TokenStore, examples: Int[np.ndarray, " m"], batch_examples: int
+) -> Int[np.ndarray, "batches E"]:
+    """Every example once, in batches of one size; fillers complete the last ones.
 
     Sorted by length and dealt out like cards, so that each batch has the same mix of lengths and takes as
     many rows as any other.
@@ -110,9 +104,7 @@ def eval_batches(
     num_batches = -(-len(examples) // batch_examples)
     dealt = np.full((batch_examples, num_batches), FILLER)
     dealt.flat[: len(examples)] = examples[np.argsort(-store.lengths[examples], kind="stable")]
-    shape = shape_for(store, dealt.T, row_length, pack)
-    for chosen in dealt.T:
-        yield make_batch(store, labels, chosen, shape, pack)
+    return dealt.T
 
 
 def fill(batch: Batch) -> float:

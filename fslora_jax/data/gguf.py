@@ -47,6 +47,11 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
+def gguf_end(path: Path) -> int:
+    """The token that ends a text, as a ``.gguf`` file says."""
+    return _get(read_gguf(path), "eos_token_id", int)
+
+
 def _ends(gguf: Gguf, tokens: list[str]) -> processors.TemplateProcessing:
     """Begin and end of a text, where the file asks for them."""
     begin, end = (

@@ -1,6 +1,7 @@
 """Who holds what: every example goes to exactly one client."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -49,7 +50,63 @@ def dirichlet(
     return [np.sort(np.array(share, np.int64)) for share in shares]
 
 
-PARTITIONS: dict[str, Callable[..., Partition]] = {"iid": iid, "dirichlet": dirichlet}
+def shards(
+    labels: Int[np.ndarray, " n"], num_clients: int, shards_per_client: int, rng: np.random.Generator
+) -> Partition:
+    """Sort the examples by label, cut them into equal shards and deal each client some (McMahan 2017).
+
+    Most clients hold as many labels as they have shards, or one more.
+
+    >>> [len(share) for share in shards(np.array([0, 0, 1, 1, 2, 2]), 3, 1, np.random.default_rng(0))]
+    [2, 2, 2]
+    """
+    count = num_clients * shards_per_client
+    _check_counts(len(labels), num_clients, shards_per_client)
+    shuffled = rng.permutation(len(labels))
+    cut = np.array_split(shuffled[np.argsort(labels[shuffled], kind="stable")], count)
+    dealt = rng.permutation(count).reshape(num_clients, shards_per_client)
+    return [np.sort(np.concatenate([cut[shard] for shard in mine])) for mine in dealt]
+
+
+def quantity(
+    labels: Int[np.ndarray, " n"],
+    num_clients: int,
+    alpha: float,
+    rng: np.random.Generator,
+    min_examples: int = 1,
+) -> Partition:
+    """Shares of all sizes, drawn from ``Dirichlet(alpha)``, with the labels at random.
+
+    A client that would hold fewer than ``min_examples`` gets what it lacks as in ``dirichlet``.
+    """
+    return dirichlet(np.zeros(len(labels), int), num_clients, alpha, rng, min_examples)
+
+
+def natural(
+    labels: Int[np.ndarray, " n"], num_clients: int, rng: np.random.Generator, min_examples: int = 1
+) -> Partition:
+    """A client for each distinct label, in their order; nothing is random."""
+    del rng
+    owners, sizes = np.unique(labels, return_counts=True)
+    if len(owners) != num_clients:
+        raise UserError(
+            f"num_clients is {num_clients}, but the column names {len(owners)} clients; set it to {len(owners)}"
+        )
+    if sizes.min() < min_examples:
+        raise UserError(
+            f"min_examples is {min_examples}, but client {sizes.argmin()} has {sizes.min()}; lower it, or remove "
+            "the small clients from the data"
+        )
+    return [np.flatnonzero(labels == owner) for owner in owners]
+
+
+PARTITIONS: dict[str, Callable[..., Partition]] = {
+    "iid": iid,
+    "dirichlet": dirichlet,
+    "shards": shards,
+    "quantity": quantity,
+    "natural": natural,
+}
 """Name -> partition, called with ``labels``, ``num_clients``, ``rng`` and options of its own by keyword."""
 
 
@@ -62,6 +119,21 @@ def label_counts(
     [[1, 1], [0, 1]]
     """
     return np.stack([np.bincount(labels[share], minlength=num_labels) for share in partition])
+
+
+def describe(counts: Int[np.ndarray, "clients labels"], names: Sequence[str]) -> dict[str, Any]:
+    """Who holds how much of what, and the mean distance (total variation) of a client's labels from all labels.
+
+    >>> describe(np.array([[2, 0], [0, 2]]), ["a", "b"])["label_skew"]
+    0.5
+    """
+    sizes, whole = counts.sum(1), counts.sum(0) / counts.sum()
+    own = counts / np.maximum(sizes, 1)[:, None]
+    return {
+        "examples": {"least": int(sizes.min()), "median": float(np.median(sizes)), "most": int(sizes.max())},
+        "label_skew": float(np.abs(own - whole).sum(1).mean() / 2),
+        "clients": [dict(zip(names, map(int, row), strict=True)) for row in counts],
+    }
 
 
 def check_partition(partition: Sequence[Int[np.ndarray, " n_c"]]) -> None:

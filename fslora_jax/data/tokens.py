@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int8, Int32, Int64
 from tokenizers import Encoding, Tokenizer
 
-from fslora_jax.data.gguf import gguf_tokenizer
+from fslora_jax.data.gguf import gguf_end, gguf_tokenizer
 from fslora_jax.errors import UserError
 from fslora_jax.tensors import find_gguf
 
@@ -100,8 +100,9 @@ def encode_prompts(
     for encoding, prompt in zip(encodings, prompts, strict=True):
         ids = np.array(encoding.ids, np.int32)
         mine = np.array([stop > len(prompt) for _, stop in encoding.offsets], np.int8)
-        if end is not None and not (len(ids) and ids[-1] == end):
-            ids, mine = np.append(ids, np.int32(end)), np.append(mine, np.int8(1))
+        if end is not None:
+            last = len(ids) - (len(ids) > 0 and ids[-1] == end)  # some tokenizers write the end themselves
+            ids, mine = np.append(ids[:last], np.int32(end)), np.append(mine[:last], np.int8(1))
         kept = _window(mine, len(ids) - max_length, bool(sum(encoding.special_tokens_mask[:1])))
         truncated += len(kept) < len(ids)
         tokens.append(ids[kept])
@@ -114,7 +115,12 @@ def encode_prompts(
 
 
 def end_token(folder: Path, tokenizer: Tokenizer) -> int:
-    """The token that ends a text: ``eos_token`` of tokenizer_config.json, or ``eos_token_id`` of config.json."""
+    """The token that ends a text: ``eos_token`` of tokenizer_config.json, or ``eos_token_id`` of config.json.
+
+    In a folder with a ``.gguf`` file alone, that file says so.
+    """
+    if not (Path(folder) / "config.json").is_file() and (gguf := find_gguf(Path(folder))):
+        return gguf_end(gguf)
     said = [
         json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         for path in (Path(folder) / "tokenizer_config.json", Path(folder) / "config.json")

@@ -8,6 +8,7 @@ from fslora_jax import hub
 from fslora_jax.config import DataConfig
 from fslora_jax.data.chat import chat_prompts
 from fslora_jax.data.examples import Columns, Examples, join, labelled, measured, prompted, split_examples
+from fslora_jax.data.held_out import HeldOut, each_option, hold_out
 from fslora_jax.data.records import Table, read_file, read_hub
 from fslora_jax.data.tasks import TASKS, TaskType
 from fslora_jax.data.tokens import TokenStore, encode, encode_prompts, end_token, load_tokenizer
@@ -31,8 +32,11 @@ def load_examples(data: DataConfig, seed: int, model: Path) -> tuple[Examples, E
     if data.test_name is None and not has_held_out(data):
         return split_examples(train, data.test_examples, host_rng(seed, Purpose.SPLIT))
     names = data.label_names or train.label_names or None
-    test = data.model_copy(update={"name": data.test_name or data.name, "label_names": names})
-    return train, find_examples(test, model, held_out=True)
+    where = data.model_copy(update={"name": data.test_name or data.name, "label_names": names})
+    test = find_examples(where, model, held_out=True)
+    if data.max_test_examples and data.max_test_examples < len(test.labels):
+        test = split_examples(test, data.max_test_examples, host_rng(seed, Purpose.SPLIT))[1]
+    return train, test
 
 
 def find_examples(data: DataConfig, model: Path, *, held_out: bool = False) -> Examples:
@@ -108,6 +112,11 @@ def open_table(source: Source, columns: Sequence[str], task: TaskType) -> Table:
     return read_file(source.path, columns, skip_short=task.home is not None and task.home.skip_short)
 
 
+def model_task(data: DataConfig) -> str:
+    """What the model does, in the words of ``models.build_model``."""
+    return "causal" if TASKS[data.task].kind == "causal" else "sequence"
+
+
 def outputs(data: DataConfig, examples: Examples) -> int:
     """How many outputs a model's head has: one for each label, or one number."""
     return 1 if TASKS[data.task].kind == "regression" else len(examples.label_names)
@@ -136,3 +145,10 @@ def tokenise(folder: Path, model: Model, examples: Examples, data: DataConfig) -
         end=end_token(folder, tokenizer) if task.render else None,
         learn_all=data.learn == "all",
     )
+
+
+def tokenise_held_out(folder: Path, model: Model, test: Examples, data: DataConfig) -> HeldOut:
+    """Held-out examples, with all their options, as batches."""
+    rows, owner, right = each_option(test)
+    store = tokenise(folder, model, rows, data)
+    return hold_out(store, rows, owner, right, data.row_length or data.max_length, data.packing)

@@ -1,5 +1,6 @@
 """A run from the first round to the exported adapter; killed at any point, it goes on to the same end."""
 
+import json
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,9 @@ from fslora_jax.backend import compiler_options
 from fslora_jax.checkpoint import Checkpoints
 from fslora_jax.config import Config
 from fslora_jax.data.batches import fill
-from fslora_jax.data.partition import label_counts
+from fslora_jax.data.partition import describe, label_counts
 from fslora_jax.errors import UserError
-from fslora_jax.evaluate import gather, make_evaluation, measure
+from fslora_jax.evaluate import make_evaluation, measure
 from fslora_jax.federation.cohort import EMPTY
 from fslora_jax.federation.exports import write_global
 from fslora_jax.federation.feed import make_cohort
@@ -28,7 +29,7 @@ from fslora_jax.log import JsonLines, Logger, open_loggers, read_records
 from fslora_jax.methods import Server, Traffic, traffic
 from fslora_jax.processes import fetch, leader_first, leads
 from fslora_jax.random import Purpose, device_key
-from fslora_jax.rundir import open_run, read_summary, write_summary
+from fslora_jax.rundir import open_run, read_summary, write_atomically, write_summary
 from fslora_jax.sharding import replicated
 
 
@@ -90,12 +91,12 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
     loggers = open_loggers(config.loggers, run_dir, kept) if leads() else []
     clocks: list[Logger] = [JsonLines(run_dir / "timings.jsonl", kept)] if leads() else []
     keys = base_keys(config.seed, mesh)
-    test = jax.device_put(federation.task.test, replicated(mesh))
+    test = jax.device_put(federation.task.test.batches, replicated(mesh))
     evaluation = make_evaluation(federation.task.model.score, federation.spec, mesh)
 
     def evaluate(server: Server) -> dict[str, float]:
         scores = evaluation(base, server.weights, test)
-        found = measure(gather(scores, federation.task.test), federation.task.metrics)
+        found = measure(scores, federation.task.test, federation.task.metrics)
         if not math.isfinite(found["loss"]):
             raise UserError(
                 f"round {int(server.round)}: loss {found['loss']} on the held-out examples; lower "
@@ -234,12 +235,13 @@ def client_traffic(federation: Federation, k: int) -> Traffic:
 
 
 def draw_partition(federation: Federation, run_dir: Path) -> None:
-    """The picture of who holds what."""
-    task = federation.task
-    counts = label_counts(task.population.labels, task.population.examples, len(task.label_names))
+    """Who holds what, as a picture and as numbers."""
+    marks, names = federation.task.marks
+    counts = label_counts(marks, federation.task.population.examples, len(names))
+    write_atomically(run_dir / "partition.json", json.dumps(describe(counts, names), indent=1) + "\n")
     folder = run_dir / "figures"
     folder.mkdir(exist_ok=True)
-    figures.partition_figure(counts, task.label_names, folder / "partition.png")
+    figures.partition_figure(counts, names, folder / "partition.png")
 
 
 def summarise(

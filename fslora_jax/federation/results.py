@@ -9,9 +9,9 @@ from fslora_jax.checkpoint import Checkpoints
 from fslora_jax.config import Config, DataConfig, MeshConfig
 from fslora_jax.data.tasks import TASKS
 from fslora_jax.errors import UserError
-from fslora_jax.evaluate import gather, make_evaluation, measure
-from fslora_jax.federation.examples import find_examples, outputs
-from fslora_jax.federation.setup import Federation, initial_server, set_up, test_batches
+from fslora_jax.evaluate import make_evaluation, measure
+from fslora_jax.federation.examples import find_examples, model_task, outputs, tokenise_held_out
+from fslora_jax.federation.setup import Federation, initial_server, set_up
 from fslora_jax.methods import Server
 from fslora_jax.models import load_model
 from fslora_jax.rundir import load_run_config
@@ -49,17 +49,27 @@ def evaluate_run(run_dir: Path, data: DataConfig | None = None) -> dict[str, flo
     task = federation.task
     test, metrics = task.test, task.metrics
     if data is not None:
+        check_task(data, model_task(config.data))
         folder, metrics = hub.resolve_model(config.model.name), TASKS[data.task].metrics
         labelled = data.model_copy(update={"label_names": task.label_names or None})
         examples = find_examples(labelled, folder, held_out=True)
-        test = test_batches(folder, task.model, examples, labelled)
-    score = make_evaluation(task.model.score, federation.spec)(task.base, server.weights, test)
-    return measure(gather(score, test), metrics)
+        test = tokenise_held_out(folder, task.model, examples, labelled)
+    score = make_evaluation(task.model.score, federation.spec)(task.base, server.weights, test.batches)
+    return measure(score, test, metrics)
+
+
+def check_task(data: DataConfig, model: str) -> None:
+    """Refuses data for another kind of model, "sequence" or "causal"."""
+    if model_task(data) != model:
+        raise UserError(
+            f"data.task is {data.task}, for a {model_task(data)} model, but this is a {model} one; say --task"
+        )
 
 
 def evaluate_adapter(folder: Path, data: DataConfig) -> dict[str, float]:
     """Metrics of a PEFT adapter folder on labelled texts."""
     saved = read_adapter(folder)
+    check_task(data, MODEL_OF[saved.config.task_type].get("task", "sequence"))
     base_folder = hub.resolve_model(saved.config.base_model_name_or_path)
     labelled = data.model_copy(update={"label_names": saved.label_names or data.label_names})
     test = find_examples(labelled, base_folder, held_out=True)
@@ -70,6 +80,6 @@ def evaluate_adapter(folder: Path, data: DataConfig) -> dict[str, float]:
         **MODEL_OF[saved.config.task_type],
     )
     check_fits(saved, model)
-    batches = test_batches(base_folder, model, test, data)
-    score = make_evaluation(model.score, saved.spec)(base, Trainable(saved.adapter, saved.head), batches)
-    return measure(gather(score, batches), TASKS[data.task].metrics)
+    held = tokenise_held_out(base_folder, model, test, data)
+    score = make_evaluation(model.score, saved.spec)(base, Trainable(saved.adapter, saved.head), held.batches)
+    return measure(score, held, TASKS[data.task].metrics)

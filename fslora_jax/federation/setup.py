@@ -1,7 +1,6 @@
 """From a config to everything a run needs: model, data, clients, method, optimisers, the shape of the cohort."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,35 +11,36 @@ from jaxtyping import PyTree
 
 from fslora_jax import hub
 from fslora_jax.adapters.spec import model_spec
-from fslora_jax.config import ClientOptimizerConfig, Config, DataConfig
-from fslora_jax.data.batches import BatchShape, eval_batches
+from fslora_jax.config import ClientOptimizerConfig, Config
+from fslora_jax.data.batches import BatchShape
 from fslora_jax.data.examples import Examples
+from fslora_jax.data.held_out import HeldOut
 from fslora_jax.data.partition import PARTITIONS, Partition, check_partition
 from fslora_jax.data.tasks import TASKS
+from fslora_jax.errors import UserError
 from fslora_jax.federation.cohort import Layout, plan_layout, sample_cohort
-from fslora_jax.federation.examples import load_examples, outputs, tokenise
+from fslora_jax.federation.examples import load_examples, model_task, outputs, tokenise, tokenise_held_out
 from fslora_jax.federation.feed import Population, Steps, best_row_length, plan_shape
 from fslora_jax.federation.local import ClientOptimizer
+from fslora_jax.federation.resources import client_ranks
 from fslora_jax.federation.start import start_server, starting_point
 from fslora_jax.methods import METHODS, Method, Server, Spec
 from fslora_jax.models import Model, load_model
 from fslora_jax.random import Purpose, host_rng
 from fslora_jax.sharding import base_sharding, client_groups, make_mesh, replicated
-from fslora_jax.types import Batch, Trainable
-
-EVAL_EXAMPLES = 64
-"""Examples of an evaluation batch."""
+from fslora_jax.types import Trainable
 
 
 class Task(NamedTuple):
-    """The base model, and the task's texts as tokens."""
+    """The base model, and the task's texts as tokens; ``marks`` as in ``marks_of``."""
 
     model: Model
     base: PyTree
     label_names: tuple[str, ...]
     metrics: tuple[str, ...]
     population: Population
-    test: Batch
+    test: HeldOut
+    marks: tuple[np.ndarray, tuple[str, ...]]
 
 
 class Federation(NamedTuple):
@@ -64,6 +64,7 @@ def load_task(config: Config, mesh: Mesh | None) -> Task:
     train, test = load_examples(config.data, config.seed, folder)
     model, base = load_model(
         folder,
+        task=model_task(config.data),
         num_labels=outputs(config.data, train),
         pooling=config.model.pooling,
         dtype=config.model.dtype,
@@ -83,37 +84,50 @@ def load_task(config: Config, mesh: Mesh | None) -> Task:
         ranks=client_ranks(config),
         shares=sizes if weighted else np.ones_like(sizes),
     )
-    batches = test_batches(folder, model, test, config.data)
-    return Task(model, base, train.label_names, TASKS[config.data.task].metrics, population, batches)
-
-
-def test_batches(folder: Path, model: Model, test: Examples, data: DataConfig) -> Batch:
-    """Held-out examples as equally shaped batches on a leading axis."""
-    store, everything = tokenise(folder, model, test, data), np.arange(len(test.labels))
-    row_length = data.row_length or data.max_length
-    batches = eval_batches(store, test.labels, everything, EVAL_EXAMPLES, row_length, data.packing)
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+    held = tokenise_held_out(folder, model, test, config.data)
+    metrics, marks = TASKS[config.data.task].metrics, marks_of(config, train)
+    return Task(model, base, train.label_names, metrics, population, held, marks)
 
 
 def divide(config: Config, train: Examples) -> Partition:
     """Which training examples each client holds."""
-    p = config.partition
-    options = {"iid": {}, "dirichlet": {"alpha": p.dirichlet_alpha, "min_examples": p.min_examples}}
-    partition = PARTITIONS[p.name](
-        train.labels,
-        config.federation.num_clients,
-        rng=host_rng(config.seed, Purpose.PARTITION),
-        **options[p.name],
-    )
+    p, (marks, _) = config.partition, marks_of(config, train)
+    skew, floor = {"alpha": p.dirichlet_alpha}, {"min_examples": p.min_examples}
+    options = {
+        "iid": {},
+        "dirichlet": skew | floor,
+        "shards": {"shards_per_client": p.shards_per_client},
+        "quantity": skew | floor,
+        "natural": floor,
+    }
+    rng = host_rng(config.seed, Purpose.PARTITION)
+    partition = PARTITIONS[p.name](marks, config.federation.num_clients, rng=rng, **options[p.name])
     check_partition(partition)
     return partition
 
 
-def client_ranks(config: Config) -> np.ndarray:
-    """k of every client: the sketching ratios dealt in turn."""
-    f = config.federation
-    ks = [round(ratio * config.lora.r) for ratio in f.sketching_ratios]
-    return np.array([ks[i % len(ks)] for i in range(f.num_clients)])
+def marks_of(config: Config, train: Examples) -> tuple[np.ndarray, tuple[str, ...]]:
+    """What the partition goes by, as numbers, and their names: labels, tasks or natural clients.
+
+    Raises:
+      UserError: the data has nothing of the kind.
+    """
+    p = config.partition
+    if p.name == "natural" or p.by == "task":
+        if not train.groups:
+            needed = "data.client_column" if p.name == "natural" else "data.parts"
+            raise UserError(
+                f"partition: {p.name} by {p.by} needs {needed}; set it, or choose another partition"
+            )
+        names, marks = np.unique(train.groups, return_inverse=True)
+        return marks, tuple(names.tolist())
+    if train.label_names:
+        return train.labels, train.label_names
+    if p.name in ("dirichlet", "shards"):
+        raise UserError(
+            f"partition.name: {p.name} needs labels, but the data has numbers; choose iid or quantity"
+        )
+    return np.zeros(len(train.labels), int), ("examples",)
 
 
 def make_client_optimizer(

@@ -13,8 +13,9 @@ from fslora_jax.adapters.spec import model_spec
 from fslora_jax.config import Config
 from fslora_jax.data.batches import BatchShape
 from fslora_jax.federation.cohort import Layout, plan_layout, sample_cohort
+from fslora_jax.federation.resources import client_ranks
 from fslora_jax.federation.round import Cohort, base_keys, make_round
-from fslora_jax.federation.setup import client_ranks, make_client_optimizer
+from fslora_jax.federation.setup import make_client_optimizer
 from fslora_jax.methods import METHODS, Client
 from fslora_jax.models import Model
 from fslora_jax.program import Collective, collectives, matmul_flops

@@ -1,0 +1,112 @@
+"""A whole run of a language model on two tasks: it learns, and its adapter says the same in transformers and peft."""
+
+import json
+
+import numpy as np
+import peft
+import pytest
+import runs
+import torch
+import transformers
+
+from fslora_jax.data.prompts import PLAIN
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+WORDS = [
+    "yes",
+    "no",
+    "true",
+    "false",
+    "is",
+    "it",
+    "the",
+    "correct",
+    "answer",
+    "instruction",
+    "response",
+    "cat",
+    "dog",
+]
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
+OPTIONS = {"animals": ("yes", "no"), "facts": ("true", "false")}
+
+
+def record(task: str, i: int) -> dict[str, str]:
+    right = OPTIONS[task][i % 2]
+    listed = "/".join(OPTIONS[task])
+    question = f"is it the {('cat', 'dog')[i % 2]}?\nAnswer format: {listed}"
+    return {"instruction": question, "input": "", "output": f"the correct answer is {right}", "answer": right}
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory) -> tuple:
+    """A world with a tiny Llama, two tasks in files, and a finished run on them."""
+    folder = tmp_path_factory.mktemp("causal")
+    torch.manual_seed(0)
+    sizes = {"num_key_value_heads": 1, "eos_token_id": 3, "max_position_embeddings": 64}
+    config = transformers.LlamaConfig(**runs.SIZES | {"vocab_size": len(VOCABULARY)} | sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+    runs.make_tokenizer(VOCABULARY).save(str(folder / "model" / "tokenizer.json"))
+    for task in OPTIONS:
+        (folder / "data" / task).mkdir(parents=True)
+        for split, number in (("train", 24), ("test", 6)):
+            records = [record(task, i) for i in range(number)]
+            (folder / "data" / task / f"{split}.json").write_text(json.dumps(records))
+    world = runs.World(folder, folder / "model", folder / "data", folder / "cache", folder / "tiny.yaml")
+    run = runs.train(
+        world,
+        folder / "run",
+        data__task="commonsense",
+        data__parts=list(OPTIONS),
+        data__max_length=48,
+        lora__target_modules=["q_proj", "v_proj", "down_proj"],
+        partition__by="task",
+        client_optimizer__learning_rate=0.05,
+    )
+    return world, run
+
+
+def test_it_learns_and_says_how_well_by_task(causal):
+    _, run = causal
+    records = [r for r in runs.records(run) if "eval/loss" in r]
+    assert records[-1]["eval/loss"] < 0.8 * records[0]["eval/loss"]
+    for name in (
+        "option_accuracy",
+        "option_accuracy_per_token",
+        "token_accuracy",
+        "animals/loss",
+        "facts/loss",
+    ):
+        assert f"eval/{name}" in records[-1]
+    counts = json.loads((run / "partition.json").read_text())["clients"]
+    assert {task: sum(c[task] for c in counts) for task in OPTIONS} == {"animals": 24, "facts": 24}
+
+
+def test_the_adapter_says_the_same_in_peft(causal):
+    """Loss and option accuracy of the held-out records, one text at a time through transformers and peft."""
+    world, run = causal
+    base = transformers.AutoModelForCausalLM.from_pretrained(world.model)
+    model = peft.PeftModel.from_pretrained(base, run / "adapter").eval()
+    tokenizer = runs.make_tokenizer(VOCABULARY)
+
+    def losses(text: str, completion: str) -> np.ndarray:
+        """Of the completion's tokens and the end; the tokenizer writes [CLS] and [SEP] itself."""
+        ids = torch.tensor([tokenizer.encode(text + completion).ids])
+        learned = len(tokenizer.encode(completion).ids) - 1
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1]
+        return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").numpy()[-learned:]
+
+    right, hits = [], []
+    intro = f"{PLAIN} ### Instruction:"
+    for task, options in OPTIONS.items():
+        for i in range(6):
+            said = record(task, i)
+            prompt = f"{intro} {said['instruction']} ### Response:"
+            found = [losses(prompt, f" the correct answer is {option}") for option in options]
+            right.append(found[i % 2])
+            hits.append(np.argmin([x.sum() for x in found]) == i % 2)
+    last = runs.records(run)[-1]
+    assert last["eval/loss"] == pytest.approx(np.concatenate(right).mean(), rel=1e-4)
+    assert last["eval/option_accuracy"] == pytest.approx(np.mean(hits))
