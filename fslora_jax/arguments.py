@@ -9,8 +9,9 @@ import tyro
 import yaml
 from pydantic import BaseModel
 
-from fslora_jax.config import Config, DataConfig, ModelConfig, load_config, make_config, suggest
+from fslora_jax.config import Config, DataConfig, ModelConfig, load_config, make_config
 from fslora_jax.errors import UserError
+from fslora_jax.settings import suggest
 
 Option = tuple[Any, Any]
 """An argument's described type, and its default as a dataclass field."""

@@ -15,7 +15,7 @@ from rich.console import Console
 from fslora_jax import hub
 from fslora_jax.arguments import option, parse, parse_config
 from fslora_jax.bench.command import bench_command
-from fslora_jax.config import DataConfig, TaskName, checked
+from fslora_jax.config import DataConfig, TaskName
 from fslora_jax.describe import describe_command
 from fslora_jax.display import TerminalDisplay, print_summary
 from fslora_jax.errors import UserError
@@ -25,6 +25,7 @@ from fslora_jax.federation.results import evaluate_adapter, evaluate_run
 from fslora_jax.plan.command import plan_command
 from fslora_jax.processes import join, leads
 from fslora_jax.rundir import CONFIG, load_run_config
+from fslora_jax.settings import checked
 
 USAGE = """\
 usage: fslora COMMAND ...

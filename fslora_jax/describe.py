@@ -14,12 +14,13 @@ from rich.table import Table
 from fslora_jax import hub, memory
 from fslora_jax.adapters.spec import model_spec
 from fslora_jax.arguments import parse
-from fslora_jax.config import LoraConfig, checked
+from fslora_jax.config import LoraConfig
 from fslora_jax.errors import UserError
 from fslora_jax.lora import rank_unit
 from fslora_jax.methods import Spec, traffic
 from fslora_jax.models import Model, build_model
 from fslora_jax.models.weights import open_folder
+from fslora_jax.settings import checked
 from fslora_jax.tensors import read_object
 
 STATES = {"sgd": 0, "momentum": 1, "adamw": 2}

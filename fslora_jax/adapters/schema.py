@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from fslora_jax.config import Count, Fraction, LoraShape, Positive, one_line
+from fslora_jax.config import LoraShape
 from fslora_jax.errors import UserError
+from fslora_jax.settings import Count, Fraction, Positive, one_line
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 ROOT = "base_model.model."

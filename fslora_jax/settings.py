@@ -1,0 +1,75 @@
+"""What settings are: strict sections with described fields, whose mistakes are told in one line."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fslora_jax.errors import UserError
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Ratio = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of the configuration; unknown keys are refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True
+    )
+
+
+S = TypeVar("S", bound=Section)
+
+
+def known_fields(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all settings, those of inner sections included."""
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += known_fields(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """``; did you mean ...?`` for a misspelt name, or all that there are.
+
+    >>> suggest("num_rounds", ["seed", "federation.num_rounds"])
+    '; did you mean federation.num_rounds?'
+    """
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(known)}"
+
+
+def one_line(error: ValidationError, form: type[BaseModel]) -> str:
+    """The first mistake of a pydantic error as ``field: found, expected``, and how many more there are."""
+    first, *rest = error.errors(include_url=False)
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        text = f"unknown setting {field}{suggest(field, known_fields(form))}"
+    elif first["type"] == "missing":
+        text = f"{field}: missing; add it to the config"
+    elif first["type"] == "value_error":
+        text = f"{field + '.' if field else ''}{first.get('ctx', {})['error']}"
+    else:
+        text = f"{field}: found {first['input']!r}; {first['msg'][0].lower() + first['msg'][1:]}"
+    return text + (f" (and {len(rest)} more)" if rest else "")
+
+
+def checked(form: type[S], values: Any, source: str) -> S:
+    """Checks nested values against a schema.
+
+    Raises:
+      UserError: one line with ``source``, the field, what was found and what was expected.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: found {type(values).__name__}, expected a mapping of settings")
+    try:
+        return form.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {one_line(error, form)}") from None
