@@ -72,6 +72,12 @@ def test_the_defaults_are_the_papers():
             "federation.method: found 'fedavg'; input should be 'fslora' or 'fedit'",
         ),
         ({"federation__method": "fedit"}, "fedit trains all r components"),
+        (
+            {"federation__method": "fedit", "federation__ranks": "normal"},
+            "federation.ranks: found 'normal', but fedit",
+        ),
+        ({"federation__min_local_steps": 11}, "federation.min_local_steps: found 11, expected at most"),
+        ({"federation__failure_rate": 1.0}, "federation.failure_rate: found 1.0"),
         ({"data__row_length": 64}, "data.row_length: found 64, expected at least data.max_length = 128"),
         ({"client_optimizer__learning_rate": 0}, "client_optimizer.learning_rate: found 0"),
         ({"client_optimizer__learning_rate": float("nan")}, "client_optimizer.learning_rate: found nan"),
