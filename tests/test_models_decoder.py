@@ -11,9 +11,10 @@ import torch
 import transformers
 from contract import FAMILIES, SIZES, batches, make_tier, make_tiny
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from fslora_jax import lora
-from fslora_jax.models import build_model, decoder, scores
+from fslora_jax.models import build_model, decoder, load_model, scores
 from fslora_jax.models.decoders import DECODERS
 from fslora_jax.models.family import Options
 from fslora_jax.models.fields import Fields
@@ -133,3 +134,15 @@ def test_rotations_equal_transformers_for_long_texts():
     c = DECODERS["llama"].build.keywords["read"](Fields(LLAMA_3B))
     got = decoder.rope.frequencies(c.layers[0].rope, c.head_dim)
     np.testing.assert_allclose(got, rotary.inv_freq.numpy(), rtol=1e-6)
+
+
+def test_numbers_that_old_files_hold_beside_weights_are_passed_over(tmp_path):
+    """Llama's first checkpoints carry the rotations' frequencies in every layer."""
+    tiny = make_tiny("llama", "causal", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    for layer in range(len(tiny.hf.model.layers)):
+        tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    save_file(tensors, path, {"format": "pt"})
+    _, base = load_model(tmp_path, num_labels=0, task="causal")
+    jax.tree.map(np.testing.assert_array_equal, base, tiny.base)

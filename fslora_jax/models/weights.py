@@ -32,6 +32,9 @@ PAGE = 64
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 """Flax's name of a leaf -> torch's; a kernel is the transposed weight."""
 
+OLD_BUFFERS = (".rotary_emb.inv_freq",)
+"""What old files hold of layers beside weights: numbers that follow from the config."""
+
 LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
@@ -220,7 +223,8 @@ def _match(checkpoint: Checkpoint, family: Family, table: list[Source]) -> list[
             f"{path}: tensor {missing[0]!r} is missing ({len(missing)} in all); {_advice(missing[0])}"
         )
     known = {source.name for source in table}
-    unknown = [key for name, key in keys.items() if name not in known and not name.startswith(family.ignored)]
+    spare = {name for name in keys if name.startswith(family.ignored) or name.endswith(OLD_BUFFERS)}
+    unknown = [key for name, key in keys.items() if name not in known | spare]
     if unknown:
         raise UserError(
             f"{path}: unknown tensor {unknown[0]!r} ({len(unknown)} in all); "
