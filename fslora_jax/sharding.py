@@ -104,7 +104,7 @@ def base_spec(sizes: dict[str, int], path: str, shape: tuple[int, ...]) -> P:
     """The spec of a leaf by `RULES`, on a mesh with axes of these sizes.
 
     >>> base_spec({"fsdp": 2, "tensor": 2}, "layers/linear/mlp.up_proj/kernel", (28, 3072, 8192))
-    PartitionSpec(None, 'fsdp', 'tensor')
+    P(None, 'fsdp', 'tensor')
     """
     rule = next((spec for pattern, spec in RULES if re.search(pattern, path)), None)
     if rule is None:

@@ -330,13 +330,13 @@ def test_a_process_of_its_own_says_one_line_and_ends_with_two(interrupted):
 
 
 def test_a_loss_that_is_not_finite_names_round_and_client(interrupted, capsys):
-    """The vector of one word becomes infinite, so that the clients who meet it fail, and not before they do."""
+    """One word's vector becomes so large that its norm is infinite: the clients who meet it fail, not before they do."""
     met = meetings(interrupted.run, WORD)
     (failing, clients), *_ = [(t, clients) for t, clients in met.items() if clients]
     assert len(clients) < 3  # not everybody, or a message with any client would do
     path = interrupted.world.model / "model.safetensors"
     tensors = load_file(path)
-    tensors["embeddings.word_embeddings.weight"][runs.VOCABULARY.index(WORD)] = float("inf")
+    tensors["embeddings.word_embeddings.weight"][runs.VOCABULARY.index(WORD)] = 3e38
     save_file(tensors, path, metadata={"format": "pt"})
     checkpoints = contents(interrupted.run / "checkpoints")
     message = interrupted.refused(capsys)

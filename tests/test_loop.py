@@ -30,7 +30,7 @@ def test_metrics_are_one_object_a_round(finished):
         t = record["round"]
         names = {"round"}
         names |= {"eval/loss", "eval/accuracy"} if t % 2 == 0 else set()
-        names |= {"train/loss", "traffic/down_bytes", "traffic/up_bytes"} if t else set()
+        names |= {"train/loss", "clients/reported", "traffic/down_bytes", "traffic/up_bytes"} if t else set()
         assert set(record) == names
         assert all(np.isfinite(value) for value in record.values())
     assert records[-1]["eval/loss"] < records[0]["eval/loss"]

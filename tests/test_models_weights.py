@@ -1,5 +1,6 @@
 """Reading configs and checkpoints: what loads, and that every mistake is one line that names its cause."""
 
+import copy
 import json
 
 import jax
@@ -100,8 +101,7 @@ def test_classes_of_transformers_load(name, tmp_path):
 
 
 def test_bfloat16_files_and_bases(tiny, tmp_path):
-    tiny.hf.to(torch.bfloat16).save_pretrained(tmp_path)
-    tiny.hf.to(torch.float32)
+    copy.deepcopy(tiny.hf).to(torch.bfloat16).save_pretrained(tmp_path)
     _, base = load(tmp_path, tiny.pooling, dtype="bfloat16")
     _, wide = load(tmp_path, tiny.pooling)
     assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {jnp.dtype("float32")}

@@ -44,7 +44,7 @@ def test_identity_7_two_processes_are_one_through_the_command_line(world, capsys
     names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     both = [devices(4, **names, JAX_PROCESS_ID=str(number)) for number in range(2)]
     one = play(world, world.folder / "one", [devices(8)])
-    two = play(world, world.folder / "two", both, "--distributed", "True")
+    two = play(world, world.folder / "two", both, "--distributed")
     assert [set(r) for r in two] == [set(r) for r in one]
     for a, b in zip(one, two, strict=True):
         np.testing.assert_allclose([b[name] for name in a], list(a.values()), rtol=1e-4)
@@ -70,7 +70,7 @@ def test_a_process_without_a_number_is_refused(monkeypatch):
 
 def test_several_processes_need_a_run_folder(world, capsys):
     with pytest.raises(SystemExit):
-        runs.call(world, "train", world.config, "--distributed", "True")
+        runs.call(world, "train", world.config, "--distributed")
     assert "--distributed: no --run-dir" in capsys.readouterr().err
 
 

@@ -18,6 +18,7 @@ from fslora_jax.federation.local import ClientOptimizer, train
 from fslora_jax.federation.round import Cohort, make_round
 from fslora_jax.methods import Client, Spec, fedit, fslora
 from fslora_jax.models import Model, build_model
+from fslora_jax.models.stack import REMAT
 from fslora_jax.targets import select_targets
 from fslora_jax.types import Batch
 
@@ -131,8 +132,7 @@ def test_the_checks_see_a_cohort_in_two_parts():
 
 
 def test_the_checks_see_a_second_forward_pass(monkeypatch):
-    policies = jax.checkpoint_policies
-    monkeypatch.setattr(policies, "dots_with_no_batch_dims_saveable", policies.nothing_saveable)
+    monkeypatch.setitem(REMAT, "frozen", REMAT["full"])
     found = hlo.frozen_products(compiled(), KERNELS)
     assert found[Product((ROWS, D), (D, F), 0)] == 2
 

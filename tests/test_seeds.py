@@ -10,10 +10,18 @@ from fslora_jax import random as sources
 from fslora_jax.federation import loop
 from fslora_jax.random import Purpose
 
-USED = ("INIT", "SPLIT", "PARTITION", "COHORT", "SKETCH", "BATCH", "DROPOUT")
+USED = ("INIT", "SPLIT", "PARTITION", "COHORT", "SKETCH", "BATCH", "DROPOUT", "RESOURCES", "PARTICIPATION")
 
 # Shapes that no draw can change: one program serves every run here.
-FIXED = {"data__packing": False, "data__row_length": 12, "federation__layout": "masked", "evaluate_every": 4}
+FIXED = {
+    "data__packing": False,
+    "data__row_length": 12,
+    "federation__layout": "masked",
+    "evaluate_every": 4,
+    "federation__ranks": "random",
+    "federation__min_local_steps": 1,
+    "federation__failure_rate": 0.2,
+}
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,25 +11,22 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
 
 from fslora_jax import figures
 from fslora_jax.backend import compiler_options
 from fslora_jax.checkpoint import Checkpoints
 from fslora_jax.config import Config
-from fslora_jax.data.batches import fill
 from fslora_jax.data.partition import describe, label_counts
 from fslora_jax.errors import UserError
 from fslora_jax.evaluate import make_evaluation, measure
-from fslora_jax.federation.cohort import EMPTY
 from fslora_jax.federation.exports import write_global
 from fslora_jax.federation.feed import make_cohort
+from fslora_jax.federation.meter import Meter, client_traffic, speed_of
 from fslora_jax.federation.round import Cohort, Keys, base_keys, make_round
 from fslora_jax.federation.setup import Federation, initial_server, set_up
 from fslora_jax.log import JsonLines, Logger, open_loggers, read_records
-from fslora_jax.methods import Server, Traffic, traffic
-from fslora_jax.processes import fetch, leader_first, leads
-from fslora_jax.random import Purpose, device_key
+from fslora_jax.methods import Server
+from fslora_jax.processes import leader_first, leads
 from fslora_jax.rundir import open_run, read_summary, write_atomically, write_summary
 from fslora_jax.sharding import replicated
 
@@ -91,20 +89,7 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
     loggers = open_loggers(config.loggers, run_dir, kept) if leads() else []
     clocks: list[Logger] = [JsonLines(run_dir / "timings.jsonl", kept)] if leads() else []
     keys = base_keys(config.seed, mesh)
-    test = jax.device_put(federation.task.test.batches, replicated(mesh))
-    evaluation = make_evaluation(federation.task.model.score, federation.spec, mesh)
-
-    def evaluate(server: Server) -> dict[str, float]:
-        scores = evaluation(base, server.weights, test)
-        found = measure(scores, federation.task.test, federation.task.metrics)
-        if not math.isfinite(found["loss"]):
-            raise UserError(
-                f"round {int(server.round)}: loss {found['loss']} on the held-out examples; lower "
-                "client_optimizer.learning_rate, or look at the model's weights; the last checkpoint is kept"
-            )
-        return {f"eval/{name}": value for name, value in found.items()}
-
-    meter = Meter(federation)
+    evaluate, meter = evaluator(federation), Meter(federation)
     with ExitStack() as stack:
         for opened in (*loggers, *clocks, checkpoints):
             stack.callback(opened.close)
@@ -132,6 +117,24 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
             if (t + 1) % config.checkpoint_every == 0 or t + 1 == num_rounds:
                 checkpoints.save(t + 1, server)
     return server, compile_seconds
+
+
+def evaluator(federation: Federation) -> Callable[[Server], dict[str, float]]:
+    """What the global adapter is worth on the held-out examples, as ``eval/...``."""
+    task, mesh = federation.task, federation.mesh
+    test = jax.device_put(task.test.batches, replicated(mesh))
+    evaluation = make_evaluation(task.model.score, federation.spec, mesh)
+
+    def evaluate(server: Server) -> dict[str, float]:
+        found = measure(evaluation(task.base, server.weights, test), task.test, task.metrics)
+        if not math.isfinite(found["loss"]):
+            raise UserError(
+                f"round {int(server.round)}: loss {found['loss']} on the held-out examples; lower "
+                "client_optimizer.learning_rate, or look at the model's weights; the last checkpoint is kept"
+            )
+        return {f"eval/{name}": value for name, value in found.items()}
+
+    return evaluate
 
 
 def cohort_of(config: Config, federation: Federation, t: int) -> Cohort:
@@ -165,73 +168,10 @@ def compile_round(config: Config, federation: Federation, server: Server, keys: 
     return compiled, time.perf_counter() - started
 
 
-def speed_of(cohort: Cohort, clients: int, seconds: float) -> dict[str, float]:
-    """What the clock says of a round: real tokens only, and which part of the rows they fill."""
-    here = cohort.batches.segments.addressable_shards  # all of one size
-    filled = float(np.mean([fill(cohort.batches._replace(segments=shard.data)) for shard in here]))
-    tokens = filled * cohort.batches.tokens.size
-    return {
-        "seconds": seconds,
-        "clients_per_second": clients / seconds,
-        "tokens_per_second": tokens / seconds,
-        "fill": filled,
-    }
-
-
 def write(loggers: list[Logger], record: dict[str, Any]) -> None:
     """One record to every logger."""
     for logger in loggers:
         logger.write(record)
-
-
-class Meter:
-    """Loss and traffic of a round; refuses a loss that is not finite."""
-
-    def __init__(self, federation: Federation):
-        ranks, down, up = federation.task.population.ranks, [], []
-        bytes_of = {k: client_traffic(federation, int(k)) for k in set(ranks)}
-        for t, ids in enumerate(federation.cohorts):
-            done = federation.steps.done(len(ranks), t)
-            down.append(sum(bytes_of[k].down for k in ranks[ids]))
-            up.append(sum(bytes_of[k].up for k in ranks[ids[done[ids] > 0]]))
-        self._down, self._up = np.cumsum(down), np.cumsum(up)
-
-    def measure(self, t: int, cohort: Cohort, losses: jax.Array) -> dict[str, Any]:
-        """Mean training loss of the round, and the bytes of all rounds so far.
-
-        Raises:
-          UserError: a client's loss is NaN or infinite; names the round and the client.
-        """
-        ids, by_step, real = fetch((cohort.clients.id, losses, cohort.batches.weights))
-        by_step, done = by_step[ids != EMPTY], (real > 0).any(axis=-1)[ids != EMPTY]
-        broken = ~np.isfinite(by_step)
-        if broken.any():
-            which, h = np.argwhere(broken)[0]
-            raise UserError(
-                f"round {t + 1}: client {ids[ids != EMPTY][which]}: loss {by_step[which, h]} at local step {h + 1}; "
-                "lower client_optimizer.learning_rate, set client_optimizer.max_grad_norm, or look at its data; "
-                "the last checkpoint is kept"
-            )
-        return {
-            "train/loss": mean_loss(by_step, done),
-            "clients/reported": int(done.any(1).sum()),
-            "traffic/down_bytes": int(self._down[t]),
-            "traffic/up_bytes": int(self._up[t]),
-        }
-
-
-def mean_loss(by_step: Float[np.ndarray, "C H"], done: Bool[np.ndarray, "C H"]) -> float:
-    """The mean over the clients that trained of each one's mean over its steps; 0 where nobody did."""
-    reported = done.any(1)
-    of_client = (by_step * done).sum(1)[reported] / done.sum(1)[reported]
-    return math.fsum(of_client) / max(len(of_client), 1)
-
-
-def client_traffic(federation: Federation, k: int) -> Traffic:
-    """Bytes of one client of rank ``k`` in one round."""
-    head = jax.eval_shape(federation.task.model.init_head, device_key(0, Purpose.INIT))
-    head_values = sum(math.prod(x.shape) for x in jax.tree.leaves(head))
-    return traffic(federation.spec, k, head_values)
 
 
 def draw_partition(federation: Federation, run_dir: Path) -> None:

@@ -11,9 +11,10 @@ def client_ranks(config: Config) -> Int[np.ndarray, " clients"]:
     """k of every client."""
     f = config.federation
     ks = np.array([round(ratio * config.lora.r) for ratio in f.sketching_ratios])
-    n, rng = f.num_clients, host_rng(config.seed, Purpose.RESOURCES)
+    n = f.num_clients
     if f.ranks == "turn":
         return np.resize(ks, n)
+    rng = host_rng(config.seed, Purpose.RESOURCES)
     if f.ranks == "random":
         return rng.choice(ks, n)
     return draw_ranks(f.ranks, n, *f.rank_range, rng)
