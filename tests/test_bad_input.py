@@ -330,7 +330,7 @@ def test_a_process_of_its_own_says_one_line_and_ends_with_two(interrupted):
 
 
 def test_a_loss_that_is_not_finite_names_round_and_client(interrupted, capsys):
-    """One word's vector becomes so large that its norm is infinite: the clients who meet it fail, not before they do."""
+    """One word's vector becomes so large that its norm is infinite: clients fail when they meet it, not before."""
     met = meetings(interrupted.run, WORD)
     (failing, clients), *_ = [(t, clients) for t, clients in met.items() if clients]
     assert len(clients) < 3  # not everybody, or a message with any client would do
