@@ -273,16 +273,10 @@ class Config(Section):
                     f"federation.sketching_ratios: {ratio} of rank {r} rounds to k = 0, expected k >= 1; "
                     f"use a ratio of at least {1 / r:.4g} or a larger lora.r"
                 )
-        drawn = f.ranks not in ("turn", "random")
-        if f.method == "fedit" and (drawn or any(ratio != 1 for ratio in f.sketching_ratios)):
-            found = (
-                f"ranks: found {f.ranks!r}"
-                if drawn
-                else f"sketching_ratios: found {list(f.sketching_ratios)}"
-            )
+        if f.method == "fedit" and (f.ranks != "turn" or any(ratio != 1 for ratio in f.sketching_ratios)):
             raise ValueError(
-                f"federation.{found}, but fedit trains all r components at every client; "
-                "set ranks: turn with sketching_ratios: [1.0], or method: fslora"
+                f"federation.ranks, federation.sketching_ratios: found {f.ranks}, {list(f.sketching_ratios)}, but "
+                "fedit trains all r components at every client; set turn and [1.0], or method: fslora"
             )
         if self.data.row_length is not None and self.data.row_length < self.data.max_length:
             raise ValueError(

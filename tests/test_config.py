@@ -74,7 +74,7 @@ def test_the_defaults_are_the_papers():
         ({"federation__method": "fedit"}, "fedit trains all r components"),
         (
             {"federation__method": "fedit", "federation__ranks": "normal"},
-            "federation.ranks: found 'normal', but fedit",
+            "federation.sketching_ratios: found normal",
         ),
         ({"federation__min_local_steps": 11}, "federation.min_local_steps: found 11, expected at most"),
         ({"federation__failure_rate": 1.0}, "federation.failure_rate: found 1.0"),
