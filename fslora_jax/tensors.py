@@ -95,14 +95,16 @@ def read_index(folder: Path) -> dict[str, str]:
     return index
 
 
-def read_object(path: Path) -> Mapping[str, Any]:
-    """A JSON file that holds an object."""
+def read_object(
+    path: Path, within: str = "a Hugging Face model folder", mend: str = "fetch it again"
+) -> Mapping[str, Any]:
+    """A JSON file that holds an object; ``within`` and ``mend`` say in an error where it belongs and what to do."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected a Hugging Face model folder") from None
+        raise UserError(f"{path}: no such file; expected {within}") from None
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); fetch it again") from None
+        raise UserError(f"{path}: not JSON ({error}); {mend}") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: found {type(fields).__name__}; expected an object of fields")
     return fields

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from fslora_jax.config import LoraShape
 from fslora_jax.errors import UserError
 from fslora_jax.settings import Count, Fraction, Positive, one_line
+from fslora_jax.tensors import read_object
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 ROOT = "base_model.model."
@@ -63,14 +64,7 @@ def read_config(path: Path) -> AdapterConfig:
     Raises:
       UserError: no JSON, an unknown field, a value of another type, or a variant of LoRA that is not supported.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected the folder of a PEFT adapter") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); export the adapter again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: found {type(values).__name__}; expected an object of fields")
+    values = read_object(path, within="the folder of a PEFT adapter", mend="export the adapter again")
     for field in UNSUPPORTED:
         if value := values.get(field):
             raise UserError(f"{path}: {field} is {value!r}; only adapters without it are supported")
