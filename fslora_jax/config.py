@@ -130,6 +130,8 @@ class FederationConfig(Section):
     """Clients in the population."""
     clients_per_round: Count | None = None
     """Clients sampled each round; by default all."""
+    only_client: Annotated[int, Field(ge=0)] | None = None
+    """Trains this client alone, on its own share: what a client gains from the others is measured against it."""
     num_rounds: Count = 100
     """Rounds of the run."""
     local_steps: Count = 10
@@ -256,6 +258,10 @@ class Config(Section):
                 f"federation.clients_per_round: found {f.clients_per_round}, expected at most "
                 f"federation.num_clients = {f.num_clients}"
             )
+        if f.only_client is not None and f.only_client >= f.num_clients:
+            raise ValueError(
+                f"federation.only_client: found {f.only_client}, expected one of 0 to {f.num_clients - 1}"
+            )
         if f.min_local_steps is not None and f.min_local_steps > f.local_steps:
             raise ValueError(
                 f"federation.min_local_steps: found {f.min_local_steps}, expected at most "
@@ -286,9 +292,14 @@ class Config(Section):
         return self
 
     @property
+    def population(self) -> int:
+        """Number of clients that train."""
+        return self.federation.num_clients if self.federation.only_client is None else 1
+
+    @property
     def clients_per_round(self) -> int:
         """Size of the cohort."""
-        return self.federation.clients_per_round or self.federation.num_clients
+        return min(self.federation.clients_per_round or self.population, self.population)
 
 
 def make_config(values: Any, source: str) -> Config:

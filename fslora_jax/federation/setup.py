@@ -74,14 +74,16 @@ def load_task(config: Config, mesh: Mesh | None) -> Task:
         quantization=config.model.quantization,
         placement=None if mesh is None else partial(base_sharding, mesh),
     )
-    partition = divide(config, train)
+    partition, ranks = divide(config, train), client_ranks(config)
+    if (only := config.federation.only_client) is not None:
+        partition, ranks = partition[only : only + 1], ranks[only : only + 1]
     sizes = np.array([len(share) for share in partition], float)
     weighted = config.federation.client_weights == "examples"
     population = Population(
         store=tokenise(folder, model, train, config.data),
         labels=train.labels,
         examples=partition,
-        ranks=client_ranks(config),
+        ranks=ranks,
         shares=sizes if weighted else np.ones_like(sizes),
     )
     held = tokenise_held_out(folder, model, test, config.data)
@@ -177,7 +179,7 @@ def set_up(config: Config) -> Federation:
     model, frozen, start = starting_point(config, task.model, spec, task.label_names)
     base = task.base | jax.device_put(frozen, replicated(mesh))
     size = config.clients_per_round
-    cohorts = [sample_cohort(config.seed, t, f.num_clients, size) for t in range(f.num_rounds)]
+    cohorts = [sample_cohort(config.seed, t, config.population, size) for t in range(f.num_rounds)]
     lanes = client_groups(mesh) * f.cohort_chunks
     layout = plan_layout(task.population.ranks, cohorts, r=r, lanes=lanes, tiered=f.layout == "tiered")
     steps = Steps(
