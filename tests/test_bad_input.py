@@ -314,8 +314,8 @@ def meetings(run: Path, word: str) -> dict[int, list[int]]:
     texts = np.split(population.store.tokens, population.store.offsets[1:-1])
     found = {}
     for t in (2, 3):
-        chosen = local_examples(population, federation.steps, federation.cohorts[t], t)
-        pairs = zip(federation.cohorts[t], chosen, strict=True)
+        chosen = local_examples(population, federation.steps, federation.cohort(t), t)
+        pairs = zip(federation.cohort(t), chosen, strict=True)
         found[t + 1] = [int(client) for client, mine in pairs if any(number in texts[i] for i in mine.flat)]
     return found
 

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fslora_jax.data.partition import (
+    LISTED,
     PARTITIONS,
+    Partition,
     check_partition,
     describe,
     dirichlet,
@@ -27,6 +29,8 @@ def check_cover(partition, num_clients, n):
     assert len(partition) == num_clients
     assert sorted(np.concatenate(partition).tolist()) == list(range(n))
     assert all((np.diff(share) > 0).all() for share in partition)
+    assert partition.sizes.tolist() == list(map(len, partition))
+    assert partition.owners.tolist() == [c for c, share in enumerate(partition) for _ in share]
 
 
 @given(seed=SEEDS, n=st.integers(1, 60), data=st.data())
@@ -50,6 +54,60 @@ def test_dirichlet_covers_and_keeps_the_floor(seed, labels, alpha, min_examples,
     partition = dirichlet(np.array(labels), num_clients, alpha, np.random.default_rng(seed), floor)
     check_cover(partition, num_clients, len(labels))
     assert min(map(len, partition)) >= floor
+
+
+def filled_up(labels, num_clients, alpha, rng, floor):
+    """The rule of the floor as its words say it: gift by gift, over lists."""
+    shares = [[] for _ in range(num_clients)]
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        cuts = np.cumsum(rng.dirichlet(np.full(num_clients, alpha)))[:-1] * len(members)
+        for share, part in zip(shares, np.split(members, cuts.astype(int)), strict=True):
+            share.extend(part.tolist())
+    for share in shares:
+        while len(share) < floor:
+            most = max(shares, key=len)
+            share.append(most.pop(rng.integers(len(most))))
+    return [sorted(share) for share in shares]
+
+
+@given(
+    seed=SEEDS,
+    labels=st.lists(st.integers(0, 3), min_size=1, max_size=80),
+    alpha=st.sampled_from([0.01, 0.1, 1.0]),
+    floor=st.integers(0, 6),
+    data=st.data(),
+)
+def test_the_floor_is_filled_gift_by_gift(seed, labels, alpha, floor, data):
+    num_clients = data.draw(st.integers(1, max(1, len(labels) // max(1, floor))))
+    floor = min(floor, len(labels) // num_clients)
+    rngs = np.random.default_rng(seed), np.random.default_rng(seed)
+    found = dirichlet(np.array(labels), num_clients, alpha, rngs[0], floor)
+    assert [share.tolist() for share in found] == filled_up(
+        np.array(labels), num_clients, alpha, rngs[1], floor
+    )
+    assert rngs[0].integers(2**60) == rngs[1].integers(2**60)
+
+
+@pytest.mark.parametrize("name", ["dirichlet", "quantity"])
+def test_a_large_population_with_a_floor(name):
+    clients, labels = 100_000, np.random.default_rng(0).integers(0, 3, 250_000)
+    partition = PARTITIONS[name](labels, clients, alpha=0.1, rng=np.random.default_rng(0), min_examples=2)
+    assert (np.bincount(partition.examples, minlength=len(labels)) == 1).all()
+    assert partition.sizes.min() == 2
+    assert partition.sizes.sum() == len(labels)
+    listed = describe(label_counts(labels, partition, 3), "abc")["clients"]
+    assert len(listed) == LISTED
+    assert sum(listed[5].values()) == partition.sizes[5]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("iid", {}), ("quantity", {"alpha": 100}), ("dirichlet", {"alpha": 1e6})]
+)
+def test_proportions_converge_to_those_of_the_data(name, options):
+    labels = np.arange(200_000) % 4 % 3
+    partition = PARTITIONS[name](labels, 5, rng=np.random.default_rng(0), **options)
+    assert describe(label_counts(labels, partition, 3), "abc")["label_skew"] < 0.006
 
 
 def test_alpha_is_the_skew():
@@ -110,9 +168,9 @@ def test_too_few_examples():
 
 
 def test_a_client_without_data_is_named():
-    check_partition([np.array([0]), np.array([1])])
+    check_partition(Partition.of([np.array([0]), np.array([1])]))
     with pytest.raises(UserError, match=r"client 1 has no data \(2 of 3 clients\)"):
-        check_partition([np.array([0, 1]), np.array([], int), np.array([], int)])
+        check_partition(Partition.of([np.array([0, 1]), np.array([], int), np.array([], int)]))
 
 
 @given(seed=SEEDS, labels=st.lists(st.integers(0, 4), min_size=1, max_size=60), data=st.data())

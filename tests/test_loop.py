@@ -6,9 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import runs
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from fslora_jax.config import load_config, make_config
+from fslora_jax.data.batches import BatchShape
+from fslora_jax.federation import feed
 from fslora_jax.federation.cohort import sample_cohort
 from fslora_jax.federation.loop import cohort_of
 from fslora_jax.federation.setup import make_client_optimizer, set_up
@@ -37,6 +41,11 @@ def test_metrics_are_one_object_a_round(finished):
     clock = runs.records(finished, "timings.jsonl")
     assert [record["round"] for record in clock] == [1, 2, 3, 4]
     assert all(record["seconds"] > 0 for record in clock)
+    for record in clock:
+        whole = record["seconds"] + record["data_wait"]
+        assert record["data_wait_share"] == pytest.approx(record["data_wait"] / whole)
+        assert record["host_mb"] > 50
+    assert 0 <= json.loads((finished / "summary.json").read_text())["data_wait_share"] < 1
 
 
 def test_the_summary_repeats_the_metrics(finished):
@@ -119,9 +128,34 @@ def federation_of(world: runs.World, **changes):
 
 def test_sampled_cohorts_differ_from_round_to_round_and_are_of_their_size(world):
     _, federation = federation_of(world, federation__num_rounds=20)
-    assert {len(set(cohort.tolist())) for cohort in federation.cohorts} == {3}
-    assert len({tuple(cohort) for cohort in federation.cohorts}) > 5
-    assert set(np.concatenate(federation.cohorts)) == set(range(5))
+    cohorts = [federation.cohort(t) for t in range(20)]
+    assert {len(set(cohort.tolist())) for cohort in cohorts} == {3}
+    assert len({tuple(cohort) for cohort in cohorts}) > 5
+    assert set(np.concatenate(cohorts)) == set(range(5))
+
+
+def test_a_round_that_needs_more_rows_than_were_planned_gets_them(world, tmp_path, monkeypatch):
+    changes = {"data__row_length": 12, "lora__lora_dropout": 0.0, "federation__num_rounds": 2}
+    rows, enough = [], feed.PLANNED
+    for planned in (enough, 1):  # all rounds are laid out beforehand, then only the first
+        monkeypatch.setattr(feed, "PLANNED", planned)
+        config, federation = federation_of(world, **changes)
+        rows.append([cohort_of(config, federation, t).batches.tokens.shape[-2] for t in (0, 1)])
+        runs.train(world, tmp_path / str(planned), **changes)
+    assert rows == [[4, 4], [3, 4]]
+    close(tmp_path / str(enough), tmp_path / "1")
+
+
+@given(*[st.integers(1, 40)] * 4, st.integers(1, 4))
+def test_a_grown_shape_holds_what_is_needed(rows, places, more_rows, more_places, split):
+    shape, needed = (BatchShape(a, 64, b) for a, b in ((rows * split, places), (more_rows, more_places)))
+    found = feed.fitting(shape, needed, split)
+    assert found.rows >= needed.rows
+    assert found.places >= needed.places
+    assert found.rows % split == 0
+    assert found == feed.fitting(shape, found, split)
+    if shape.rows >= needed.rows and shape.places >= needed.places:
+        assert found == shape
 
 
 @pytest.mark.parametrize("weights", ["uniform", "examples"])
@@ -129,7 +163,7 @@ def test_weights_of_the_average(world, weights):
     config, federation = federation_of(world, federation__client_weights=weights)
     clients = cohort_of(config, federation, 0).clients
     found = dict(zip(np.ravel(clients.id).tolist(), np.ravel(clients.weight).tolist(), strict=True))
-    cohort = federation.cohorts[0]
+    cohort = federation.cohort(0)
     sizes = np.array(
         [len(federation.task.population.examples[c]) if weights == "examples" else 1 for c in cohort]
     )

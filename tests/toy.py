@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from fslora_jax import lora
 from fslora_jax.data.batches import BatchShape
+from fslora_jax.data.partition import Partition
 from fslora_jax.data.tokens import TokenStore
 from fslora_jax.federation.cohort import Layout, plan_layout
 from fslora_jax.federation.feed import Population, Steps, make_cohort
@@ -133,7 +134,7 @@ def make_population(ranks: np.ndarray = RANKS, shares: np.ndarray | None = None,
     return Population(
         store=store,
         labels=rng.integers(0, LABELS, sizes.sum()),
-        examples=np.split(np.arange(sizes.sum()), np.cumsum(sizes)[:-1]),
+        examples=Partition(np.arange(sizes.sum()), np.append(0, np.cumsum(sizes))),
         ranks=ranks,
         shares=np.ones(len(ranks)) if shares is None else shares,
     )

@@ -40,7 +40,7 @@ def with_layout(
     population, lanes = federation.task.population, federation.layout.lanes
     devices = lanes // config.federation.cohort_chunks
     layout = plan_layout(
-        population.ranks, federation.cohorts, r=federation.spec.r, lanes=devices * chunks, tiered=tiered
+        population.ranks, [federation.cohort(0)], r=federation.spec.r, lanes=devices * chunks, tiered=tiered
     )
     changed = config.federation.model_copy(update={"cohort_chunks": chunks})
     return config.model_copy(update={"federation": changed}), federation._replace(layout=layout)
@@ -78,7 +78,7 @@ def python_loop(config: Config, federation: Federation) -> Round:
 
     def one_round() -> Server:
         total = None
-        for client in federation.cohorts[0]:
+        for client in federation.cohort(0):
             k = int(population.ranks[client])
             layout = federation.layout._replace(caps=(k,), lanes=1)
             alone = make_cohort(
@@ -90,7 +90,7 @@ def python_loop(config: Config, federation: Federation) -> Round:
                 lambda x: x[None], download(jax.random.fold_in(sketch_key, int(client)), server, one, k)
             )
             after, _ = steps(federation.task.base, [given], batches, jnp.int32(0), None)
-            share = jnp.float32(1 / len(federation.cohorts[0]))[None]
+            share = jnp.float32(1 / len(federation.cohort(0)))[None]
             payload = combine(given, after[0], share)
             total = payload if total is None else add(total, payload)
         return jax.block_until_ready(update(server, total))
@@ -111,7 +111,7 @@ def drjax_map(config: Config, federation: Federation) -> Round:
     sketch_key = jax.random.fold_in(keys.sketch, 0)
     local_steps = partial(train, federation.task.model.score, federation.optimizer)
 
-    @drjax.program(placements={"clients": len(federation.cohorts[0])})
+    @drjax.program(placements={"clients": len(federation.cohort(0))})
     def program(base, server, clients, batches):
         def one_client(base, server, client, batch):
             given = method.download(

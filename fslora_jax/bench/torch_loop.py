@@ -30,7 +30,7 @@ def torch_engine(config: Config, federation: Federation, *, pad_to_max: bool) ->
         import torch
     except ImportError:
         raise UserError("engine 'torch': PyTorch is not installed; pip install 'fslora_jax[bench]'") from None
-    population, ids, r = federation.task.population, federation.cohorts[0], federation.spec.r
+    population, ids, r = federation.task.population, federation.cohort(0), federation.spec.r
     chosen = local_examples(population, federation.steps, ids, 0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = wrapped_model(config, federation, device)
@@ -107,7 +107,7 @@ def wrapped_model(config: Config, federation: Federation, device: str) -> Any:
     whole = adapter_config(config.lora, federation.spec, task.model, config.model.name)
     warnings.filterwarnings("ignore", category=FutureWarning)  # names in transformers that PEFT still uses
     model = None
-    for k in sorted({int(k) for k in task.population.ranks[federation.cohorts[0]]}):
+    for k in sorted({int(k) for k in task.population.ranks[federation.cohort(0)]}):
         said = client_config(whole, federation.spec, task.model, k)
         fields: dict[str, Any] = said.model_dump(mode="json") | {"inference_mode": False}
         lora = peft.LoraConfig(**fields)

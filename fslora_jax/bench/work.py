@@ -23,9 +23,9 @@ def work_of(federation: Federation) -> Work:
     A frozen matrix costs ``2 i o`` a token forward and as much backward (there is no gradient of a frozen weight), an
     adapter of rank k three times ``2 k (i + o)``, attention three times ``4 d`` for each pair of an example's tokens.
     """
-    ids, population = federation.cohorts[0], federation.task.population
+    ids, population = federation.cohort(0), federation.task.population
     chosen = local_examples(population, federation.steps, ids, 0).reshape(len(ids), -1)
-    lengths = population.store.lengths[chosen].astype(float)
+    lengths = population.store.lengths_of(chosen).astype(float)
     modules = federation.task.model.modules.values()
     frozen = sum(2 * t.i * t.o * t.layers for t in modules)
     unit = sum(2 * (t.i + t.o) * t.layers for t in federation.spec.targets.values())

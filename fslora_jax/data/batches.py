@@ -37,6 +37,8 @@ def stream(
     n = len(examples)
     if n == 0:
         raise UserError(f"client {client} has no data; choose fewer clients or min_examples of 1")
+    if n == 1:
+        return np.repeat(examples, count)
     passes = range(start // n, (start + count) // n + 1)
     order = np.concatenate([host_rng(seed, Purpose.BATCH, client, i).permutation(n) for i in passes])
     return examples[order[start % n : start % n + count]]
@@ -58,15 +60,14 @@ def make_batch(
     *lead, num_examples = examples.shape
     chosen = examples.reshape(-1, num_examples)
     real = chosen != FILLER
-    lengths = np.where(real, store.lengths[chosen], 0)
+    lengths = np.where(real, store.lengths_of(chosen), 0)
     rows = _rows(lengths, row_length, pack)
     if rows.max(initial=-1) >= num_rows:
         raise UserError(f"num_rows is {num_rows}, but a batch takes {rows.max() + 1} rows; use shape_for")
     first = (np.arange(len(chosen))[:, None] * num_rows + rows) * row_length + _starts(lengths, rows)
 
     count = lengths.ravel()
-    within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    source = np.repeat(store.offsets[chosen].ravel(), count) + within
+    source, within = _tokens_of(store, chosen, count)
     target = np.repeat(first.ravel(), count) + within
     segments = np.repeat(np.tile(np.arange(1, num_examples + 1), len(chosen)), count)
     cells = np.zeros((4, len(chosen) * num_rows * row_length), np.int32)
@@ -84,12 +85,11 @@ def shape_for(
     store: TokenStore, examples: Int[np.ndarray, "*lead E"], row_length: int, pack: bool
 ) -> BatchShape:
     """The smallest shape that holds any one of the batches."""
-    lengths = np.where(examples != FILLER, store.lengths[examples], 0)
+    lengths = np.where(examples != FILLER, store.lengths_of(examples), 0)
     rows = _rows(lengths, row_length, pack)
-    learned = np.add.reduceat(np.append(store.learned, 0), store.offsets[:-1]) * (store.lengths > 0)
-    asked = np.where(examples != FILLER, learned[examples], 0)
-    batches = np.arange(asked.size) // asked.shape[-1]
-    by_row = np.bincount(batches * asked.shape[-1] + rows.ravel(), weights=asked.ravel())
+    batches = np.arange(rows.size) // rows.shape[-1]
+    row_of = np.repeat(batches * rows.shape[-1] + rows.ravel(), lengths.ravel())
+    by_row = np.bincount(row_of, weights=store.learned[_tokens_of(store, examples, lengths.ravel())[0]])
     return BatchShape(int(rows.max(initial=-1)) + 1, row_length, int(by_row.max(initial=0)))
 
 
@@ -103,13 +103,21 @@ def deal_out(
     """
     num_batches = -(-len(examples) // batch_examples)
     dealt = np.full((batch_examples, num_batches), FILLER)
-    dealt.flat[: len(examples)] = examples[np.argsort(-store.lengths[examples], kind="stable")]
+    dealt.flat[: len(examples)] = examples[np.argsort(-store.lengths_of(examples), kind="stable")]
     return dealt.T
 
 
 def fill(batch: Batch) -> float:
     """The part of the batch that is tokens of examples, not padding."""
     return float(np.mean(np.asarray(batch.segments) > 0))
+
+
+def _tokens_of(
+    store: TokenStore, examples: Int[np.ndarray, "*lead E"], lengths: Int[np.ndarray, " m"]
+) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, " tokens"]]:
+    """Of each token of the examples in turn, its place in the store and in its example."""
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return np.repeat(store.offsets[examples].ravel(), lengths) + within, within
 
 
 def _rows(lengths: Int[np.ndarray, "*lead E"], row_length: int, pack: bool) -> Int[np.ndarray, "*lead E"]:

@@ -36,6 +36,10 @@ class TokenStore(NamedTuple):
         """The tokens of each example."""
         return np.diff(self.offsets)
 
+    def lengths_of(self, examples: Int[np.ndarray, "*some"]) -> Int[np.ndarray, "*some"]:
+        """The tokens of some examples."""
+        return self.offsets[examples + 1] - self.offsets[examples]
+
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The fast tokenizer of a model's folder, without truncation and padding that its file may ask for.

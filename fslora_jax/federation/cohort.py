@@ -6,7 +6,7 @@ form a tier. The masked layout is the one where every cap is r.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from itertools import groupby
 from typing import NamedTuple
 
@@ -50,13 +50,15 @@ def steps_done(
     >>> steps_done(0, 0, 3, local_steps=5, min_local_steps=5, failure_rate=0.0).tolist()
     [5, 5, 5]
     """
+    if min_local_steps == local_steps and not failure_rate:
+        return np.full(num_clients, local_steps)
     rng = host_rng(seed, Purpose.PARTICIPATION, round)
     steps = rng.integers(min_local_steps, local_steps, num_clients, endpoint=True)
     return np.where(rng.random(num_clients) < failure_rate, 0, steps)
 
 
 def plan_layout(
-    ranks: np.ndarray, cohorts: Sequence[np.ndarray], *, r: int, lanes: int, tiered: bool, max_tiers: int = 8
+    ranks: np.ndarray, cohorts: Iterable[np.ndarray], *, r: int, lanes: int, tiered: bool, max_tiers: int = 8
 ) -> Layout:
     """The smallest slots that hold every cohort of a run, so that one program serves all rounds.
 
@@ -67,13 +69,12 @@ def plan_layout(
     >>> plan_layout(np.array([8, 8, 16, 32]), [np.arange(4)], r=64, lanes=1, tiered=True).tiers
     ((32, 1), (16, 1), (8, 2))
     """
-    size = len(cohorts[0])
-    slots = math.ceil(size / lanes)
+    blocks = (np.sort(ranks[cohort])[::-1][::lanes] for cohort in cohorts)
+    caps = next(blocks)
     if not tiered:
-        return Layout((r,) * slots, lanes)
-    caps = np.zeros(slots, int)
-    for cohort in cohorts:
-        caps = np.maximum(caps, np.sort(ranks[cohort])[::-1][::lanes])
+        return Layout((r,) * len(caps), lanes)
+    for block in blocks:
+        caps = np.maximum(caps, block)
     if len(set(caps)) > max_tiers:
         step = math.ceil(r / max_tiers)
         caps = np.minimum(np.ceil(caps / step).astype(int) * step, r)

@@ -1,6 +1,7 @@
 """The host's side of a round: who takes part, with which examples, as arrays on the devices."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -8,12 +9,19 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
+from fslora_jax.data import packing
 from fslora_jax.data.batches import FILLER, BatchShape, make_batch, shape_for, stream
+from fslora_jax.data.partition import Partition
 from fslora_jax.data.tokens import TokenStore
 from fslora_jax.federation.cohort import EMPTY, Layout, place, steps_done
 from fslora_jax.federation.round import Cohort
 from fslora_jax.methods import Client
-from fslora_jax.sharding import groups_here, over_clients
+from fslora_jax.sharding import FSDP, groups_here, over_clients
+
+PLANNED = 2**20
+"""Examples of the first rounds that are laid out beforehand to find the shape of a batch."""
+
+Ids = Int[np.ndarray, " cohort"]
 
 
 class Population(NamedTuple):
@@ -21,7 +29,7 @@ class Population(NamedTuple):
 
     store: TokenStore
     labels: Int[np.ndarray, " n"]
-    examples: Sequence[Int[np.ndarray, " n_c"]]
+    examples: Partition
     ranks: Int[np.ndarray, " clients"]
     shares: np.ndarray
 
@@ -52,27 +60,40 @@ class Steps(NamedTuple):
         )
 
 
+def counted_steps(population: Population, steps: Steps, ids: Ids, round: int) -> Int[np.ndarray, " cohort"]:
+    """The steps of each client of a cohort that reach the server, 0 for one that fails."""
+    return steps.done(len(population.ranks), round)[ids]
+
+
 def local_examples(
-    population: Population, steps: Steps, ids: Int[np.ndarray, "*slots"], round: int
+    population: Population,
+    steps: Steps,
+    ids: Int[np.ndarray, "*slots"],
+    round: int,
+    done: Int[np.ndarray, "*slots"] | None = None,
 ) -> Int[np.ndarray, "*slots H E"]:
-    """The examples of each client's local steps in a round; fillers in an empty slot and in steps not done."""
+    """The examples of each client's local steps in a round; fillers in an empty slot and in steps not done.
+
+    ``done`` are the steps that count, by default all that each client does.
+    """
     count = steps.local_steps * steps.batch_size
-    done = steps.done(len(population.ranks), round)
-    chosen = np.full((*ids.shape, count), FILLER)
-    for slot, client in np.ndenumerate(ids):
-        if client != EMPTY:
-            mine = population.examples[client]
-            window = stream(mine, steps.seed, int(client), round * count, count)
-            chosen[slot] = (
-                deal(window, population.store.lengths, steps.local_steps) if steps.packing else window
-            )
-            chosen[slot][done[client] * steps.batch_size :] = FILLER
-    return chosen.reshape(*ids.shape, steps.local_steps, steps.batch_size)
+    done = steps.done(len(population.ranks), round)[ids] if done is None else done
+    windows = [
+        np.full(count, FILLER)
+        if client == EMPTY
+        else stream(population.examples[client], steps.seed, client, round * count, count)
+        for client in ids.ravel().tolist()
+    ]
+    chosen = np.array(windows).reshape(*ids.shape, count)
+    if steps.packing:
+        chosen = deal(chosen, population.store.lengths_of(chosen), steps.local_steps)
+    chosen = chosen.reshape(*ids.shape, steps.local_steps, steps.batch_size)
+    return np.where((np.arange(steps.local_steps) < done[..., None])[..., None], chosen, FILLER)
 
 
 def deal(
-    examples: Int[np.ndarray, " HE"], lengths: Int[np.ndarray, " n"], hands: int
-) -> Int[np.ndarray, " HE"]:
+    examples: Int[np.ndarray, "*clients HE"], lengths: Int[np.ndarray, "*clients HE"], hands: int
+) -> Int[np.ndarray, "*clients HE"]:
     """The examples of a round, dealt to its ``hands`` minibatches by length, there and back like cards.
 
     Minibatches of nearly equal token counts need nearly equal rows, so the static shape is filled better. Which
@@ -81,36 +102,66 @@ def deal(
     >>> deal(np.arange(6), np.array([1, 2, 3, 4, 5, 6]), hands=2).tolist()
     [5, 2, 1, 4, 3, 0]
     """
-    by_length = examples[np.argsort(-lengths[examples], kind="stable")].reshape(-1, hands)
-    by_length[1::2] = by_length[1::2, ::-1]
-    return by_length.T.ravel()
+    by_length = np.take_along_axis(examples, np.argsort(-lengths, axis=-1, kind="stable"), axis=-1)
+    dealt = by_length.reshape(*examples.shape[:-1], -1, hands)
+    dealt[..., 1::2, :] = dealt[..., 1::2, ::-1].copy()
+    return np.swapaxes(dealt, -1, -2).reshape(examples.shape)
 
 
-def best_row_length(population: Population, steps: Steps, cohorts: Sequence[np.ndarray]) -> int:
+def planned_rounds(steps: Steps, num_rounds: int, clients: int) -> int:
+    """How many rounds are laid out beforehand: all, unless they have very many examples."""
+    return min(num_rounds, max(1, PLANNED // (clients * steps.local_steps * steps.batch_size)))
+
+
+def best_row_length(population: Population, steps: Steps, cohort: Callable[[int], Ids], rounds: int) -> int:
     """The row length, from the longest example to twice that, with which batches cost least.
 
     Longer rows pack better, but attention grows with their length: a token costs about ``1 + L / 512``. The first
     rounds stand for all.
     """
-
-    def cost(row_length: int) -> float:
-        rows = plan_shape(population, steps._replace(row_length=row_length), cohorts[:8]).rows
-        return rows * row_length * (1 + row_length / 512)
-
     longest = int(population.store.lengths.max())
     start = -(-longest // 8) * 8
-    return min(range(start, 2 * start + 1, 8), key=cost) if steps.packing else start
+    if not steps.packing:
+        return start
+    chosen = [_examples_of(population, steps, cohort(t), t) for t in range(min(rounds, 8))]
+    lengths = [np.where(c == FILLER, 0, population.store.lengths_of(c)) for c in chosen]
+
+    def cost(row_length: int) -> float:
+        rows = 1 + max(packing.pack(of_round, row_length).max(initial=-1) for of_round in lengths)
+        return rows * row_length * (1 + row_length / 512)
+
+    return min(range(start, 2 * start + 1, 8), key=cost)
 
 
-def plan_shape(population: Population, steps: Steps, cohorts: Sequence[np.ndarray]) -> BatchShape:
-    """A shape that holds every batch of every round, so that one program serves them all."""
+def plan_shape(population: Population, steps: Steps, cohort: Callable[[int], Ids], rounds: int) -> BatchShape:
+    """The smallest shape that holds every batch of the first rounds; `fitting` tells what becomes of others."""
     shapes = [
         shape_for(
-            population.store, local_examples(population, steps, ids, t), steps.row_length, steps.packing
+            population.store,
+            _examples_of(population, steps, cohort(t), t),
+            steps.row_length,
+            steps.packing,
         )
-        for t, ids in enumerate(cohorts)
+        for t in range(rounds)
     ]
     return BatchShape(*map(max, zip(*shapes, strict=True)))
+
+
+def fitting(shape: BatchShape, needed: BatchShape, split: int = 1) -> BatchShape:
+    """The planned shape, or where a round needs more, the first that does of a series that grows by quarters.
+
+    A function of the round alone, so a run that goes on has the same shapes; each is one more program.
+    ``split`` divides the rows.
+
+    >>> fitting(BatchShape(8, 64, 0), BatchShape(9, 64, 0)).rows
+    10
+    """
+    grown, steps = shape, 0
+    while grown.rows < needed.rows or grown.places < needed.places:
+        steps += 1
+        rows, places = (math.ceil(max(n, 1) * 1.25**steps) for n in (shape.rows, shape.places))
+        grown = BatchShape(-(-rows // split) * split, shape.row_length, places if needed.places else 0)
+    return grown
 
 
 def make_cohort(
@@ -124,17 +175,25 @@ def make_cohort(
     chunks: int,
     mesh: Mesh | None = None,
 ) -> Cohort:
-    """The arrays of a round's cohort; every process builds only what its own devices train."""
-    lanes = place(ids, population.ranks, layout)
-    taken = lanes != EMPTY
-    reports = taken & (steps.done(len(population.ranks), round)[lanes] > 0)
-    shares = np.where(reports, population.shares[lanes], 0.0)
+    """The arrays of a round's cohort; every process builds only what its own devices train.
+
+    Batches have the planned ``shape``, or the next that holds them (`fitting`), the same in every process.
+    """
+    lanes, by_id = place(ids, population.ranks, layout), np.argsort(ids)
+    taken, done = lanes != EMPTY, np.zeros(lanes.shape, int)
+    places = by_id[np.searchsorted(ids, lanes[taken], sorter=by_id)]
+    done[taken] = counted_steps(population, steps, ids, round)[places]
+    shares = np.where(done > 0, population.shares[lanes], 0.0)
     ranks = np.where(taken, population.ranks[lanes], 1)
     weights = shares / (shares.sum() or 1.0)  # where all fail, nothing is averaged
     clients = Client._make((lanes.astype(np.int32), ranks.astype(np.int32), weights.astype(np.float32)))
     groups, here = layout.lanes // chunks, slice(None) if mesh is None else groups_here(mesh)
-    mine = jax.tree.map(lambda x: x.reshape(groups, chunks, -1)[here], clients)
-    chosen = local_examples(population, steps, mine.id, round)
+    chosen = local_examples(population, steps, lanes, round, done)
+    needed = shape_for(population.store, chosen, shape.row_length, steps.packing)
+    shape = fitting(shape, needed, 1 if mesh is None else mesh.shape[FSDP])
+    mine, chosen = jax.tree.map(
+        lambda x: x.reshape(groups, chunks, -1, *x.shape[2:])[here], (clients, chosen)
+    )
     batches = make_batch(population.store, population.labels, chosen, shape, steps.packing)
     cohort = Cohort(mine, batches)
     sharding = over_clients(mesh)
@@ -143,3 +202,7 @@ def make_cohort(
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, x, (groups, *x.shape[1:])), cohort
     )
+
+
+def _examples_of(population: Population, steps: Steps, ids: Ids, round: int) -> Int[np.ndarray, "C H E"]:
+    return local_examples(population, steps, ids, round, counted_steps(population, steps, ids, round))

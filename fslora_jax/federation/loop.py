@@ -16,7 +16,7 @@ from fslora_jax import figures
 from fslora_jax.backend import compiler_options
 from fslora_jax.checkpoint import Checkpoints
 from fslora_jax.config import Config
-from fslora_jax.data.partition import describe, label_counts
+from fslora_jax.data.partition import LISTED, describe, label_counts
 from fslora_jax.errors import UserError
 from fslora_jax.evaluate import make_evaluation, measure
 from fslora_jax.federation.exports import write_global
@@ -89,21 +89,24 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
     loggers = open_loggers(config.loggers, run_dir, kept) if leads() else []
     clocks: list[Logger] = [JsonLines(run_dir / "timings.jsonl", kept)] if leads() else []
     keys = base_keys(config.seed, mesh)
-    evaluate, meter = evaluator(federation), Meter(federation)
+    evaluate, meter = evaluator(federation), Meter(federation, done)
     with ExitStack() as stack:
         for opened in (*loggers, *clocks, checkpoints):
             stack.callback(opened.close)
         ahead = stack.enter_context(ThreadPoolExecutor(1))
         upcoming = ahead.submit(cohort_of, config, federation, done)
         display.stage("compiling the round")
-        step, compile_seconds = compile_round(config, federation, server, keys, upcoming.result())
+        programs = Programs(config, federation)
+        programs.of(server, keys, upcoming.result())
         if not done:
             display.stage("evaluating the start")
             write(loggers, {"round": 0, **evaluate(server)})
         for t in range(done, num_rounds):
+            asked = time.perf_counter()
             cohort, started = upcoming.result(), time.perf_counter()
             if t + 1 < num_rounds:
                 upcoming = ahead.submit(cohort_of, config, federation, t + 1)
+            step = programs.of(server, keys, cohort)
             with jax.transfer_guard("disallow"):
                 server, losses = step(base, server, keys, cohort)
             record = {"round": t + 1, **meter.measure(t, cohort, losses)}
@@ -111,12 +114,12 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
             if (t + 1) % config.evaluate_every == 0 or t + 1 == num_rounds:
                 record |= evaluate(server)
             write(loggers, record)
-            speed = speed_of(cohort, config.clients_per_round, seconds)
+            speed = speed_of(cohort, config.clients_per_round, seconds, started - asked)
             write(clocks, {"round": t + 1, **speed})
             display.round(t + 1, num_rounds, record | speed)
             if (t + 1) % config.checkpoint_every == 0 or t + 1 == num_rounds:
                 checkpoints.save(t + 1, server)
-    return server, compile_seconds
+    return server, programs.seconds
 
 
 def evaluator(federation: Federation) -> Callable[[Server], dict[str, float]]:
@@ -143,7 +146,7 @@ def cohort_of(config: Config, federation: Federation, t: int) -> Cohort:
         federation.task.population,
         federation.steps,
         federation.layout,
-        federation.cohorts[t],
+        federation.cohort(t),
         t,
         shape=federation.shape,
         chunks=config.federation.cohort_chunks,
@@ -151,8 +154,26 @@ def cohort_of(config: Config, federation: Federation, t: int) -> Cohort:
     )
 
 
+class Programs:
+    """The compiled round: one, unless a round's batches need more rows than were planned, and the seconds it took."""
+
+    def __init__(self, config: Config, federation: Federation):
+        self._config, self._federation = config, federation
+        self._by_shape: dict[tuple[int, ...], Any] = {}
+        self.seconds = 0.0
+
+    def of(self, server: Server, keys: Keys, cohort: Cohort) -> Any:
+        """The program for a cohort's shape."""
+        shape = (*cohort.batches.tokens.shape, *cohort.batches.places.shape)
+        if shape not in self._by_shape:
+            program, seconds = compile_round(self._config, self._federation, server, keys, cohort)
+            self._by_shape[shape] = program
+            self.seconds += seconds
+        return self._by_shape[shape]
+
+
 def compile_round(config: Config, federation: Federation, server: Server, keys: Keys, cohort: Cohort):
-    """The one executable of all rounds, and the seconds that it took: another shape would be an error."""
+    """The executable of all rounds of this shape, and the seconds that it took."""
     started = time.perf_counter()
     one_round = make_round(
         federation.task.model.score,
@@ -181,7 +202,7 @@ def draw_partition(federation: Federation, run_dir: Path) -> None:
     write_atomically(run_dir / "partition.json", json.dumps(describe(counts, names), indent=1) + "\n")
     folder = run_dir / "figures"
     folder.mkdir(exist_ok=True)
-    figures.partition_figure(counts, names, folder / "partition.png")
+    figures.partition_figure(counts[:LISTED], names, folder / "partition.png")
 
 
 def summarise(
@@ -189,12 +210,13 @@ def summarise(
 ) -> dict[str, Any]:
     """What the run found, as the last table shows it."""
     evaluations = [r for r in records if "eval/loss" in r]
-    seconds = [r["seconds"] for r in read_records(run_dir / "timings.jsonl")]
+    clocks = read_records(run_dir / "timings.jsonl")
+    seconds, waited = ([r[name] for r in clocks] for name in ("seconds", "data_wait"))
     full = client_traffic(federation, config.lora.r)
     tiers = []
-    for k in sorted(set(federation.task.population.ranks.tolist())):
+    ks, counts = np.unique(federation.task.population.ranks, return_counts=True)
+    for k, clients in zip(ks.tolist(), counts.tolist(), strict=True):
         bytes_of = client_traffic(federation, k)
-        clients = int((federation.task.population.ranks == k).sum())
         tiers.append({"k": k, "clients": clients, "down_bytes": bytes_of.down, "up_bytes": bytes_of.up})
     return {
         "method": config.federation.method,
@@ -208,5 +230,6 @@ def summarise(
         "up_bytes": records[-1]["traffic/up_bytes"],
         "compile_seconds": compile_seconds,
         "median_round_seconds": float(np.median(seconds)),
+        "data_wait_share": sum(waited) / (sum(waited) + sum(seconds)),
         "adapter": "adapter",
     }

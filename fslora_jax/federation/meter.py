@@ -1,6 +1,8 @@
 """What is measured of a round: loss, traffic, speed."""
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ from jaxtyping import Bool, Float
 from fslora_jax.data.batches import fill
 from fslora_jax.errors import UserError
 from fslora_jax.federation.cohort import EMPTY
+from fslora_jax.federation.feed import counted_steps
 from fslora_jax.federation.round import Cohort
 from fslora_jax.federation.setup import Federation
 from fslora_jax.methods import Traffic, traffic
@@ -18,16 +21,25 @@ from fslora_jax.random import Purpose, device_key
 
 
 class Meter:
-    """Loss and traffic of a round; refuses a loss that is not finite."""
+    """Loss and traffic of a round, in order from ``done`` rounds on; refuses a loss that is not finite."""
 
-    def __init__(self, federation: Federation):
-        ranks, down, up = federation.task.population.ranks, [], []
-        bytes_of = {k: client_traffic(federation, int(k)) for k in set(ranks)}
-        for t, ids in enumerate(federation.cohorts):
-            done = federation.steps.done(len(ranks), t)
-            down.append(sum(bytes_of[k].down for k in ranks[ids]))
-            up.append(sum(bytes_of[k].up for k in ranks[ids[done[ids] > 0]]))
-        self._down, self._up = np.cumsum(down), np.cumsum(up)
+    def __init__(self, federation: Federation, done: int):
+        self._federation = federation
+        ks = np.unique(federation.task.population.ranks)
+        sent = {int(k): client_traffic(federation, int(k)) for k in ks}
+        self._bytes = np.zeros((max(sent) + 1, 2), np.int64)
+        for k, of_client in sent.items():
+            self._bytes[k] = of_client.down, of_client.up
+        self._sent = np.zeros(2, np.int64)
+        for t in range(done):
+            self._count(t)
+
+    def _count(self, t: int) -> None:
+        """Adds the bytes of a round, down to the whole cohort and up from those that report."""
+        ids, population = self._federation.cohort(t), self._federation.task.population
+        reported = counted_steps(population, self._federation.steps, ids, t) > 0
+        down, up = self._bytes[population.ranks[ids]].T
+        self._sent += down.sum(), up[reported].sum()
 
     def measure(self, t: int, cohort: Cohort, losses: jax.Array) -> dict[str, Any]:
         """Mean training loss of the round, and the bytes of all rounds so far.
@@ -45,11 +57,12 @@ class Meter:
                 "lower client_optimizer.learning_rate, set client_optimizer.max_grad_norm, or look at its data; "
                 "the last checkpoint is kept"
             )
+        self._count(t)
         return {
             "train/loss": mean_loss(by_step, done),
             "clients/reported": int(done.any(1).sum()),
-            "traffic/down_bytes": int(self._down[t]),
-            "traffic/up_bytes": int(self._up[t]),
+            "traffic/down_bytes": int(self._sent[0]),
+            "traffic/up_bytes": int(self._sent[1]),
         }
 
 
@@ -67,8 +80,12 @@ def client_traffic(federation: Federation, k: int) -> Traffic:
     return traffic(federation.spec, k, head_values)
 
 
-def speed_of(cohort: Cohort, clients: int, seconds: float) -> dict[str, float]:
-    """What the clock says of a round: real tokens only, and which part of the rows they fill."""
+def speed_of(cohort: Cohort, clients: int, seconds: float, waited: float) -> dict[str, float]:
+    """What the clock says of a round: real tokens only, and which part of the rows they fill.
+
+    ``data_wait`` are the seconds that the devices waited for the round's arrays, beside its ``seconds``, and
+    ``data_wait_share`` is their part of both.
+    """
     here = cohort.batches.segments.addressable_shards  # all of one size
     filled = float(np.mean([fill(cohort.batches._replace(segments=shard.data)) for shard in here]))
     tokens = filled * cohort.batches.tokens.size
@@ -77,4 +94,13 @@ def speed_of(cohort: Cohort, clients: int, seconds: float) -> dict[str, float]:
         "clients_per_second": clients / seconds,
         "tokens_per_second": tokens / seconds,
         "fill": filled,
+        "data_wait": waited,
+        "data_wait_share": waited / (waited + seconds),
+        "host_mb": resident_bytes() / 1e6,
     }
+
+
+def resident_bytes() -> int:
+    """Memory that this process takes; 0 where the system does not tell."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0

@@ -1,5 +1,6 @@
 """From a config to everything a run needs: model, data, clients, method, optimisers, the shape of the cohort."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from fslora_jax.data.tasks import TASKS
 from fslora_jax.errors import UserError
 from fslora_jax.federation.cohort import Layout, plan_layout, sample_cohort
 from fslora_jax.federation.examples import load_examples, model_task, outputs, tokenise, tokenise_held_out
-from fslora_jax.federation.feed import Population, Steps, best_row_length, plan_shape
+from fslora_jax.federation.feed import Population, Steps, best_row_length, plan_shape, planned_rounds
 from fslora_jax.federation.local import ClientOptimizer
 from fslora_jax.federation.resources import client_ranks
 from fslora_jax.federation.start import start_server, starting_point
@@ -44,7 +45,10 @@ class Task(NamedTuple):
 
 
 class Federation(NamedTuple):
-    """All that a run computes with; nothing here changes from round to round."""
+    """All that a run computes with; nothing here changes from round to round.
+
+    ``cohort`` gives the clients of a round.
+    """
 
     task: Task
     start: Trainable | None
@@ -53,7 +57,7 @@ class Federation(NamedTuple):
     optimizer: ClientOptimizer
     steps: Steps
     layout: Layout
-    cohorts: list[np.ndarray]
+    cohort: Callable[[int], np.ndarray]
     shape: BatchShape
     mesh: Mesh | None
 
@@ -76,8 +80,8 @@ def load_task(config: Config, mesh: Mesh | None) -> Task:
     )
     partition, ranks = divide(config, train), client_ranks(config)
     if (only := config.federation.only_client) is not None:
-        partition, ranks = partition[only : only + 1], ranks[only : only + 1]
-    sizes = np.array([len(share) for share in partition], float)
+        partition, ranks = Partition.of([partition[only]]), ranks[only : only + 1]
+    sizes = partition.sizes.astype(float)
     weighted = config.federation.client_weights == "examples"
     population = Population(
         store=tokenise(folder, model, train, config.data),
@@ -178,9 +182,9 @@ def set_up(config: Config) -> Federation:
     spec = model_spec(config.lora, task.model, f.share_sketch)
     model, frozen, start = starting_point(config, task.model, spec, task.label_names)
     base = task.base | jax.device_put(frozen, replicated(mesh))
-    size = config.clients_per_round
-    cohorts = [sample_cohort(config.seed, t, config.population, size) for t in range(f.num_rounds)]
+    cohort = cohort_sampler(config)
     lanes = client_groups(mesh) * f.cohort_chunks
+    cohorts = map(cohort, range(different_cohorts(config)))
     layout = plan_layout(task.population.ranks, cohorts, r=r, lanes=lanes, tiered=f.layout == "tiered")
     steps = Steps(
         seed=config.seed,
@@ -191,9 +195,10 @@ def set_up(config: Config) -> Federation:
         min_local_steps=f.min_local_steps,
         failure_rate=f.failure_rate,
     )
+    planned = planned_rounds(steps, f.num_rounds, config.clients_per_round)
     if not steps.row_length:
-        steps = steps._replace(row_length=best_row_length(task.population, steps, cohorts))
-    shape = plan_shape(task.population, steps, cohorts)
+        steps = steps._replace(row_length=best_row_length(task.population, steps, cohort, planned))
+    shape = plan_shape(task.population, steps, cohort, planned)
     return Federation(
         task=task._replace(model=model, base=base),
         start=start,
@@ -202,10 +207,21 @@ def set_up(config: Config) -> Federation:
         optimizer=make_client_optimizer(config.client_optimizer, f.num_rounds, f.local_steps),
         steps=steps,
         layout=layout,
-        cohorts=cohorts,
+        cohort=cohort,
         shape=shape._replace(rows=-(-shape.rows // config.mesh.fsdp) * config.mesh.fsdp),
         mesh=mesh,
     )
+
+
+def cohort_sampler(config: Config) -> Callable[[int], np.ndarray]:
+    """The clients of each round."""
+    return lambda t: sample_cohort(config.seed, t, config.population, config.clients_per_round)
+
+
+def different_cohorts(config: Config) -> int:
+    """How many rounds have cohorts of their own: one where everybody takes part."""
+    everybody = config.clients_per_round == config.population
+    return 1 if everybody else config.federation.num_rounds
 
 
 def initial_server(config: Config, federation: Federation) -> Server:

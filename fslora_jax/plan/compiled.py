@@ -12,10 +12,10 @@ from jaxtyping import PyTree
 from fslora_jax.adapters.spec import model_spec
 from fslora_jax.config import Config
 from fslora_jax.data.batches import BatchShape
-from fslora_jax.federation.cohort import Layout, plan_layout, sample_cohort
+from fslora_jax.federation.cohort import Layout, plan_layout
 from fslora_jax.federation.resources import client_ranks
 from fslora_jax.federation.round import Cohort, base_keys, make_round
-from fslora_jax.federation.setup import make_client_optimizer
+from fslora_jax.federation.setup import cohort_sampler, different_cohorts, make_client_optimizer
 from fslora_jax.methods import METHODS, Client
 from fslora_jax.models import Model
 from fslora_jax.program import Collective, collectives, matmul_flops
@@ -93,13 +93,9 @@ def out_of_memory(message: str) -> str:
 
 def layout_of(config: Config, lanes: int) -> Layout:
     """The slots of the config's cohorts."""
-    f = config.federation
-    cohorts = [
-        sample_cohort(config.seed, t, f.num_clients, config.clients_per_round) for t in range(f.num_rounds)
-    ]
-    return plan_layout(
-        client_ranks(config), cohorts, r=config.lora.r, lanes=lanes, tiered=f.layout == "tiered"
-    )
+    cohorts = map(cohort_sampler(config), range(different_cohorts(config)))
+    tiered = config.federation.layout == "tiered"
+    return plan_layout(client_ranks(config), cohorts, r=config.lora.r, lanes=lanes, tiered=tiered)
 
 
 def round_of(config: Config, model: Model, layout: Layout, mesh: Mesh | None) -> Any:
