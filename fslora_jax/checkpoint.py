@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import orbax.checkpoint as ocp
@@ -12,9 +12,21 @@ from safetensors import SafetensorError, flax
 
 from fslora_jax.errors import UserError
 
-FILE = "server.safetensors"
+FILE, FILES = "server.safetensors", "clients"
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax reports every step of every save
+
+
+class Files(Protocol):
+    """What has files of its own to keep beside the arrays."""
+
+    def save(self, folder: Path) -> None:
+        """Writes them into a new folder."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Takes them over from there."""
+        ...
 
 
 class _Handler(ocp.CheckpointHandler):
@@ -24,6 +36,8 @@ class _Handler(ocp.CheckpointHandler):
     def save(self, directory: Path, args: "_State") -> None:
         if jax.process_index() == 0:
             (directory / FILE).write_bytes(flax.save(_by_name(args.tree)))
+            if args.files is not None:
+                args.files.save(directory / FILES)
 
     def restore(self, directory: Path, args: "_State") -> PyTree:
         found, like = flax.load((directory / FILE).read_bytes()), _by_name(args.tree)
@@ -33,6 +47,8 @@ class _Handler(ocp.CheckpointHandler):
             )
             if had != wants:
                 raise ValueError(f"{name} is {had}, expected {wants}")
+        if args.files is not None:
+            args.files.load(directory / FILES)
         leaves, tree = jax.tree.flatten(args.tree)
         placed = [jax.device_put(found[n], x.sharding) for n, x in zip(like, leaves, strict=True)]
         return jax.tree.unflatten(tree, placed)
@@ -42,6 +58,7 @@ class _Handler(ocp.CheckpointHandler):
 @dataclasses.dataclass
 class _State(ocp.args.CheckpointArgs):
     tree: Any
+    files: Files | None = None
 
 
 def _by_name(tree: PyTree) -> dict[str, jax.Array]:
@@ -75,33 +92,37 @@ class Checkpoints:
         """The saved rounds, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, round: int, state: PyTree) -> None:
-        """Saves the state after ``round`` rounds; earlier checkpoints are only dropped when it is complete.
+    def save(self, round: int, state: PyTree, files: Files | None = None) -> None:
+        """Saves the state after ``round`` rounds, and ``files``; earlier ones are only dropped when it is complete.
 
         Raises:
           UserError: the disk is full or not writable; what was saved before is still there.
         """
         try:
-            self._manager.save(round, args=_State(state))
+            self._manager.save(round, args=_State(state, files))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{self._folder / str(round)}: the checkpoint cannot be written: {_first_line(error)}; free some "
                 "space or mend its permissions and run the same command again to go on from the last one"
             ) from None
 
-    def restore(self, round: int, like: PyTree) -> PyTree:
-        """The state of a round, with the structure, shapes and placement of ``like``.
+    def restore(self, round: int, like: PyTree, files: Files | None = None) -> PyTree:
+        """The state of a round, and its files, with the structure, shapes and placement of ``like``.
 
         Raises:
           UserError: the checkpoint is damaged or of another configuration.
         """
         try:
-            return self._manager.restore(round, args=_State(like))
+            return self._manager.restore(round, args=_State(like, files))
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"{self._folder / str(round)}: the checkpoint cannot be read: {_first_line(error)}; delete this "
                 "folder to go on from the one before"
             ) from None
+
+    def files(self, round: int) -> Path:
+        """The folder of what was saved as files with a round."""
+        return self._folder / str(round) / "default" / FILES
 
     def close(self) -> None:
         """Releases the folder."""

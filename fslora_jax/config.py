@@ -124,8 +124,12 @@ class PartitionConfig(Section):
 class FederationConfig(Section):
     """Method, clients and rounds."""
 
-    method: Literal["fslora", "fedit"] = "fslora"
-    """Federated method."""
+    method: str = "fslora"
+    """Federated method; `fslora methods` lists them."""
+    method_options: dict[str, Any] = {}
+    """Options of the method, such as {importance: true}; `fslora methods NAME` tells them."""
+    wrappers: dict[str, dict[str, Any]] = {}
+    """What is put around the method, in this order, with options, such as {personalise: {parts: [b, head]}}."""
     num_clients: Count = 20
     """Clients in the population."""
     clients_per_round: Count | None = None
@@ -212,6 +216,11 @@ class ServerOptimizerConfig(Section):
         self.build()
         return self
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is plain averaging."""
+        return (self.name, self.learning_rate, self.options) == ("sgd", 1.0, {})
+
     def build(self) -> optax.GradientTransformation:
         """The optax transformation of this section."""
         factory = getattr(optax, self.name, None)
@@ -279,11 +288,6 @@ class Config(Section):
                     f"federation.sketching_ratios: {ratio} of rank {r} rounds to k = 0, expected k >= 1; "
                     f"use a ratio of at least {1 / r:.4g} or a larger lora.r"
                 )
-        if f.method == "fedit" and (f.ranks != "turn" or any(ratio != 1 for ratio in f.sketching_ratios)):
-            raise ValueError(
-                f"federation.ranks, federation.sketching_ratios: found {f.ranks}, {list(f.sketching_ratios)}, but "
-                "fedit trains all r components at every client; set turn and [1.0], or method: fslora"
-            )
         if self.data.row_length is not None and self.data.row_length < self.data.max_length:
             raise ValueError(
                 f"data.row_length: found {self.data.row_length}, expected at least data.max_length = "

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from fslora_jax.config import Config, dump_config, load_config
 from fslora_jax.errors import UserError
 
-CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+CONFIG, METRICS, SUMMARY, MEMORIES = "config.yaml", "metrics.jsonl", "summary.json", "clients"
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,14 +1,16 @@
 """What settings are: strict sections with described fields, whose mistakes are told in one line."""
 
 import difflib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from fslora_jax.errors import UserError
 
 Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -73,3 +75,12 @@ def checked(form: type[S], values: Any, source: str) -> S:
         return form.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{source}: {one_line(error, form)}") from None
+
+
+def options_of(function: Callable[..., Any]) -> type[Section]:
+    """The keyword-only arguments of a function as a schema, with their types, rules and defaults."""
+    arguments = inspect.signature(function).parameters.values()
+    fields: dict[str, Any] = {
+        a.name: (a.annotation, a.default) for a in arguments if a.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    return create_model(function.__name__, __base__=Section, **fields)

@@ -4,6 +4,7 @@ A sketch ``S = (r/k) sum_{j in I} e_j e_j^T`` keeps a uniformly random k-subset 
 (arXiv 2501.19389, eq. 5), so ``E[S] = I``. It is diagonal: here it is a pair of vectors, never a matrix.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,10 @@ class Sketch(NamedTuple):
     gain: Float[Array, "*N cap"]
 
 
+Draw = Callable[..., Sketch]
+"""``(key, r, k, cap) -> Sketch``, or with a weight for each component behind."""
+
+
 def draw(key: Key[Array, ""], r: int, k: Int[Array, ""] | int, cap: int) -> Sketch:
     """A uniformly random k-subset of r components, held in ``cap >= k`` places.
 
@@ -35,6 +40,52 @@ def draw(key: Key[Array, ""], r: int, k: Int[Array, ""] | int, cap: int) -> Sket
     """
     index = jax.random.permutation(key, r)[:cap].astype(jnp.int32)
     return Sketch(index, jnp.where(jnp.arange(cap) < k, r / k, 0.0))
+
+
+def inclusion(weight: Float[Array, " r"], k: Int[Array, ""] | int) -> Float[Array, " r"]:
+    """Probabilities that sum to ``k`` in proportion to ``weight``, none above 1.
+
+    >>> inclusion(jnp.array([6.0, 1.0, 1.0]), 2).tolist()
+    [1.0, 0.5, 0.5]
+    """
+    weight = jnp.maximum(weight / weight.max(), 1e-6)
+
+    def spread(p: Float[Array, " r"], _: None) -> tuple[Float[Array, " r"], None]:
+        full = p >= 1
+        rest = jnp.where(full, 0.0, weight)
+        left = jnp.maximum(k - full.sum(), 0)
+        return jnp.where(full, 1.0, jnp.minimum(left * rest / jnp.maximum(rest.sum(), 1e-30), 1.0)), None
+
+    start = jnp.minimum(k * weight / weight.sum(), 1.0)
+    return jax.lax.scan(spread, start, None, length=weight.size)[0]  # each turn fills one more, or is done
+
+
+def draw_by_importance(
+    uniform_part: float,
+    key: Key[Array, ""],
+    r: int,
+    k: Int[Array, ""] | int,
+    cap: int,
+    weight: Float[Array, " r"],
+) -> Sketch:
+    """A k-subset whose components are in it with probabilities by ``weight``, and have gain 1/p: ``E[S] = I``.
+
+    Systematic sampling in random order (Madow 1949) has exactly these probabilities and exactly k components.
+    ``uniform_part`` of every probability is that of a uniform draw, so no gain exceeds ``r / (k uniform_part)``.
+    """
+    order_key, start_key = jax.random.split(key)
+    even = jnp.ones(r)
+    some = weight.sum() > 0
+    p = uniform_part * k / r + (1 - uniform_part) * inclusion(jnp.where(some, weight, even), k)
+    order = jax.random.permutation(order_key, r)
+    ends = jnp.cumsum(p[order]).at[-1].set(k)
+    ticks = jnp.floor(
+        ends - jax.random.uniform(start_key)
+    )  # a component is drawn where a tick falls into its part
+    chosen = ticks > jnp.concatenate([jnp.array([-1.0]), ticks[:-1]])
+    first = jnp.argsort(~chosen, stable=True)
+    index = order[first][:cap].astype(jnp.int32)
+    return Sketch(index, jnp.where(jnp.arange(cap) < k, 1 / p[index], 0.0))
 
 
 def gather(pair: Pair, index: Int[Array, "N k"]) -> Pair:

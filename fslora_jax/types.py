@@ -26,6 +26,13 @@ class Pair(NamedTuple):
     b: Float[Array, "*C N r o"]
 
 
+class Rows(NamedTuple):
+    """A number for each rank component of the two factors: 1 where it may move, or by whom it was moved."""
+
+    a: Float[Array, "*C N r"]
+    b: Float[Array, "*C N r"]
+
+
 Adapter = dict[str, Pair]
 """Module path inside a layer (Hugging Face's, such as ``attention.self.query``) -> its factors."""
 
@@ -44,13 +51,13 @@ class Local(NamedTuple):
     """What one client holds during a round; stacked over clients inside a tier.
 
     ``scale`` multiplies each rank component in the forward pass (LoRA scale times ``r/k`` on drawn
-    components, 0 on spare ones), ``trains`` says which components may move, and ``index`` where each
-    component lives in the global adapter.
+    components, 0 on spare ones), ``trains`` says which rows of either factor may move, and ``index`` where
+    each component lives in the global adapter.
     """
 
     weights: Trainable
     scale: dict[str, Float[Array, "*C N k"]]
-    trains: dict[str, Float[Array, "*C N k"]]
+    trains: dict[str, Rows]
     index: dict[str, Int[Array, "*C N k"]]
 
 

@@ -54,7 +54,7 @@ def test_identity_7_eight_devices_are_the_equations():
 @pytest.mark.parametrize("name", METHODS)
 def test_identity_7_eight_devices_are_one_for_every_method(name):
     """With dropout, whose masks are the client's own."""
-    method = METHODS[name](toy.SPEC, toy.SERVERS["average"][0])
+    method = METHODS[name].make(toy.SPEC, toy.SERVERS["average"][0])
     alone, spread = (
         toy.play(method, MOMENTUM, dropout=0.4, tiered=False, mesh=mesh) for mesh in (None, toy.mesh_of(8))
     )
@@ -85,7 +85,7 @@ def program(slots: int, method: Method, optimizer: ClientOptimizer) -> str:
 def exchanged() -> dict[str, int]:
     """The sum of adapter and head, and by how many each component was trained, in 4 bytes each."""
     adapter_and_head = sum(x.size for x in jax.tree.leaves(toy.start(toy.METHOD).weights))
-    return {"all-reduce": 4 * (adapter_and_head + len(toy.TARGETS) * toy.LAYERS * toy.R)}
+    return {"all-reduce": 4 * (adapter_and_head + 2 * len(toy.TARGETS) * toy.LAYERS * toy.R)}
 
 
 @pytest.mark.parametrize("slots", [1, 3])

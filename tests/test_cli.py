@@ -244,7 +244,7 @@ def test_an_exported_client_computes_the_same_under_peft_at_its_own_rank(
     assert (said["r"], said["use_rslora"]) == (k, False)
     assert said["lora_alpha"] / said["r"] == pytest.approx((8 / 8**0.5) * 8 / k)  # s r / k with rsLoRA's s
 
-    config, federation, server = load_round(finished, None)
+    config, federation, server, _ = load_round(finished, None)
     local = train_client(config, federation, server, client)
     _, test = load_examples(config.data, config.seed, Path(config.model.name))
     store = tokenise(world.model, federation.task.model, test, config.data)

@@ -15,7 +15,7 @@ from compare import check_with_oracle, client_batches, close, drawn, flat, fslor
 
 from fslora_jax.federation import local
 from fslora_jax.federation.cohort import plan_layout, sample_cohort
-from fslora_jax.methods import Payload, Server, fedit
+from fslora_jax.methods import Client, Payload, Server, fedit
 from fslora_jax.types import Batch, Local
 
 UNEQUAL = toy.POPULATION._replace(shares=np.array([1.0, 2, 3, 4, 5, 6, 7]))
@@ -132,7 +132,9 @@ def test_identity_7_a_cohort_is_a_loop_over_clients():
         tier, batches = jax.tree.map(lambda x: x[None], (given, batches))
         first = server.round * toy.STEPS.local_steps
         (after,), loss = local.train(toy.make_score(), optimizer, base, [tier], batches, first, None)
-        return jax.vmap(method.upload)(tier, after), loss[0]
+        who = Client(*(x[None] for x in (jnp.int32(0), jnp.int32(1), jnp.float32(1))))
+        upload = jax.vmap(method.upload, in_axes=(0, None, 0, 0, 0))
+        return upload(jax.random.split(jax.random.key(0), 1), server, tier, after, who)[0], loss[0]
 
     payloads, losses = [], {}
     for c in ids.tolist():
@@ -140,7 +142,7 @@ def test_identity_7_a_cohort_is_a_loop_over_clients():
         payload, losses[t, c] = alone(given, client_batches(toy.POPULATION, c, t))
         payloads.append(payload)
     combined = jax.jit(method.combine)(payloads, [jnp.full(1, 1 / len(ids))] * len(ids))
-    looped = method.update(server, combined)
+    looped = method.update(jax.random.key(0), server, combined)
     close(flat(found.servers[t + 1].weights), flat(looped.weights), 5e-6)
     close({key: found.losses[key] for key in losses}, losses)
 

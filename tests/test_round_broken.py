@@ -10,8 +10,8 @@ import toy
 from compare import check_with_oracle, played
 
 from fslora_jax.federation import local
-from fslora_jax.methods import Combined, Server, base, fslora
-from fslora_jax.sketch import Sketch, draw, gather, scatter_sum
+from fslora_jax.methods import Combined, Server, fslora, parts
+from fslora_jax.sketch import Sketch, draw, gather
 from fslora_jax.types import Pair
 
 # --- Broken copies: the comparison with the oracle must see each ------------------------------------------------
@@ -29,28 +29,17 @@ def two_sketches(monkeypatch) -> None:
     def broken(pair: Pair, index) -> Pair:
         return Pair(gather(pair, index).a, gather(pair, (index + 1) % toy.R).b)
 
-    monkeypatch.setattr(base, "gather", broken)
+    monkeypatch.setattr(parts, "gather", broken)
 
 
 def over_contributors(monkeypatch) -> None:
-    honest = base.weighted_sum
+    honest = parts.weighted_sum
 
     def broken(ranks, payloads, weights) -> Combined:
         combined = honest(ranks, payloads, weights)
-        share = {
-            m: sum(
-                scatter_sum(p.trains[m][..., None], p.index[m], w, ranks[m])
-                for p, w in zip(payloads, weights, strict=True)
-            )
-            for m in combined.delta.adapter
-        }
-        adapter = {
-            m: Pair(*(jnp.where(share[m] > 0, x / share[m], 0.0) for x in pair))
-            for m, pair in combined.delta.adapter.items()
-        }
-        return combined._replace(delta=combined.delta._replace(adapter=adapter))
+        return combined._replace(delta=parts.per_contributor(combined))
 
-    monkeypatch.setattr(base, "weighted_sum", broken)
+    monkeypatch.setattr(parts, "weighted_sum", broken)
 
 
 def decay_everywhere(monkeypatch) -> None:
@@ -58,14 +47,12 @@ def decay_everywhere(monkeypatch) -> None:
 
 
 def server_moves_everything(monkeypatch) -> None:
-    honest = base.apply_server_optimizer
+    honest = parts.take_step
 
-    def broken(optimizer, server, combined: Combined) -> Server:
-        return honest(
-            optimizer, server, combined._replace(trained_by=jax.tree.map(jnp.ones_like, combined.trained_by))
-        )
+    def broken(optimizer, server, delta, mass) -> Server:
+        return honest(optimizer, server, delta, jax.tree.map(jnp.ones_like, mass))
 
-    monkeypatch.setattr(base, "apply_server_optimizer", broken)
+    monkeypatch.setattr(parts, "take_step", broken)
 
 
 @pytest.mark.parametrize(

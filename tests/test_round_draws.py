@@ -15,7 +15,7 @@ from fslora_jax import lora
 from fslora_jax.federation.cohort import Layout
 from fslora_jax.federation.local import ClientOptimizer
 from fslora_jax.federation.round import Cohort, base_keys, make_round
-from fslora_jax.methods import Client, Method, Server, Spec, base, fslora
+from fslora_jax.methods import Client, Method, Server, Spec, fslora, parts
 from fslora_jax.types import Batch, Pair, Score, Trainable
 
 # --- Identity 6 ------------------------------------------------------------------------------------------------
@@ -28,7 +28,7 @@ def handing_out(method: Method, spec: Spec, index: dict[str, np.ndarray]) -> Met
         gain = jnp.where(jnp.arange(cap) < client.k, spec.r / client.k, 0.0)
         given = {m: jnp.asarray(index[m], jnp.int32)[client.id][:, :cap] for m in index}
         gains = {m: jnp.broadcast_to(gain, given[m].shape) for m in given}
-        return base.hold(spec, server.weights, given, gains)
+        return parts.hold(spec, server.weights, given, gains)
 
     return method._replace(download=download)
 

@@ -84,7 +84,12 @@ def compiled(
         batch = Batch(rows, rows, rows, rows, examples.astype(jnp.int32), examples, rows[..., :0])
         clients = Client(jnp.arange(C), jnp.array(caps), jnp.full(C, 1 / C))
         cohort = jax.tree.map(lambda x: x[None, None], Cohort(clients, batch))
-        return base, federated.init(key, model().init_head(key)), round_module.Keys(key, key), cohort
+        return (
+            base,
+            federated.init(key, model().init_head(key)),
+            round_module.Keys(key, key, key, key),
+            cohort,
+        )
 
     shapes = jax.eval_shape(arguments)
     return jax.jit(one_round).lower(*shapes).compile().as_text()
@@ -138,8 +143,8 @@ def test_the_checks_see_a_second_forward_pass(monkeypatch):
 
 
 def test_the_checks_see_a_gradient_of_the_base(monkeypatch):
-    def wasteful(score, optimizer, base, tiers, batches, first_step, keys):
-        after, losses = train(score, optimizer, base, tiers, batches, first_step, keys)
+    def wasteful(score, optimizer, base, tiers, batches, first_step, keys, **options):
+        after, losses = train(score, optimizer, base, tiers, batches, first_step, keys, **options)
         batch = jax.tree.map(lambda x: x[:, 0], batches)
         gradient = jax.grad(lambda base: score(base, after, batch, keys).loss.sum())(base)
         return after, losses + sum(abs(g).sum() for g in jax.tree.leaves(gradient))

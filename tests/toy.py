@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from fslora_jax.data.tokens import TokenStore
 from fslora_jax.federation.cohort import Layout, plan_layout
 from fslora_jax.federation.feed import Population, Steps, make_cohort
 from fslora_jax.federation.local import ClientOptimizer, ScoreFn
-from fslora_jax.federation.round import base_keys, make_round
+from fslora_jax.federation.round import Cohort, base_keys, make_round
 from fslora_jax.methods import Method, Server, Spec, fslora
 from fslora_jax.models.scores import score_labels
 from fslora_jax.sharding import client_groups, make_mesh, replicated
@@ -124,6 +124,11 @@ def make_base(seed: int = 0) -> dict[str, np.ndarray]:
 BASE = make_base()
 
 
+def shifted(base, delta):
+    """The toy's base with something added to its kernels."""
+    return base | {m: base[m] + change for m, change in delta.items()}
+
+
 def make_population(ranks: np.ndarray = RANKS, shares: np.ndarray | None = None, seed: int = 0) -> Population:
     """Clients with 3 to 5 examples of 1 to 4 tokens each."""
     rng = np.random.default_rng(seed)
@@ -174,15 +179,17 @@ def compiled_round(
         local_steps=STEPS.local_steps,
         dropout=dropout > 0,
         mesh=mesh,
+        shift=shifted,
     )
     return jax.jit(one_round)
 
 
 class Played(NamedTuple):
-    """What some rounds left: the server before and after each, the losses ``(round, client) -> (H,)``."""
+    """What some rounds left: the server before and after each, the losses ``(round, client) -> (H,)``, memories."""
 
     servers: list[Server]
     losses: dict[tuple[int, int], np.ndarray]
+    memories: dict[int, Any]
 
 
 def play(
@@ -208,13 +215,26 @@ def play(
     first = start(method) if server is None else server
     keys = base_keys(seed, mesh)
     base, server = jax.device_put((BASE, first), replicated(mesh))
-    servers, losses = [server], {}
+    servers, losses, memories = [server], {}, {}
     for t, ids in enumerate(cohorts):
         cohort = make_cohort(population, steps, layout, ids, t, shape=SHAPE, chunks=chunks, mesh=mesh)
-        server, by_slot = one_round(base, server, keys, cohort)
+        cohort = remembering(method, first, memories, cohort)
+        server, played = one_round(base, server, keys, cohort)
         servers.append(server)
-        losses |= by_client(t, cohort.clients.id, by_slot)
-    return Played(servers, losses)
+        losses |= by_client(t, cohort.clients.id, played.losses)
+        for slot, client in np.ndenumerate(cohort.clients.id if played.memory else []):
+            memories[int(client)] = jax.tree.map(lambda x, slot=slot: np.asarray(x[slot]), played.memory)
+    return Played(servers, losses, memories)
+
+
+def remembering(method: Method, first: Server, memories: dict[int, Any], cohort: Cohort) -> Cohort:
+    """A cohort whose clients have what they remember, one by one."""
+    if method.first_memory is None:
+        return cohort
+    ids, begin = np.asarray(cohort.clients.id), method.first_memory(first)
+    each = [memories.get(int(c), begin) for c in ids.ravel()]
+    memory = jax.tree.map(lambda *xs: np.stack(xs).reshape(*ids.shape, *np.shape(xs[0])), *each)
+    return cohort._replace(clients=cohort.clients._replace(memory=memory))
 
 
 def by_client(t: int, ids: jax.Array, losses: jax.Array) -> dict[tuple[int, int], np.ndarray]:

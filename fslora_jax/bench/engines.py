@@ -16,6 +16,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Key
 
 from fslora_jax.backend import compiler_options
 from fslora_jax.bench.torch_loop import torch_engine
@@ -27,7 +28,8 @@ from fslora_jax.federation.local import train
 from fslora_jax.federation.loop import cohort_of, compile_round
 from fslora_jax.federation.round import base_keys
 from fslora_jax.federation.setup import Federation, initial_server
-from fslora_jax.methods import Server
+from fslora_jax.methods import Client, Combined, Method, Server
+from fslora_jax.types import Local
 
 Round = Callable[[], object]
 """Does one round and waits for its end; the first call also compiles."""
@@ -71,10 +73,8 @@ def python_loop(config: Config, federation: Federation) -> Round:
     steps = jax.jit(local_steps, compiler_options=compiler_options())
     download = jax.jit(method.download, static_argnums=3)
     add = jax.jit(lambda total, more: jax.tree.map(jnp.add, total, more))
-    combine = jax.jit(
-        lambda before, after, weight: method.combine([jax.vmap(method.upload)(before, after)], [weight])
-    )
-    update = jax.jit(method.update)
+    send = jax.jit(partial(sent, method, jax.random.fold_in(keys.network, 0)))
+    update = jax.jit(partial(method.update, keys.server))
 
     def one_round() -> Server:
         total = None
@@ -91,11 +91,20 @@ def python_loop(config: Config, federation: Federation) -> Round:
             )
             after, _ = steps(federation.task.base, [given], batches, jnp.int32(0), None)
             share = jnp.float32(1 / len(federation.cohort(0)))[None]
-            payload = combine(given, after[0], share)
+            payload = send(server, given, after[0], who._replace(weight=share))
             total = payload if total is None else add(total, payload)
         return jax.block_until_ready(update(server, total))
 
     return one_round
+
+
+def sent(
+    method: Method, key: Key[Array, ""], server: Server, before: Local, after: Local, client: Client
+) -> Combined:
+    """What one client, alone in its tier, adds to the sum."""
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, client.id)
+    upload = jax.vmap(method.upload, in_axes=(0, None, 0, 0, 0))
+    return method.combine([upload(keys, server, before, after, client)[0]], [client.weight])
 
 
 def drjax_map(config: Config, federation: Federation) -> Round:
@@ -108,7 +117,7 @@ def drjax_map(config: Config, federation: Federation) -> Round:
     method, base = federation.method, federation.task.base
     server, keys = initial_server(config, federation), base_keys(config.seed, federation.mesh)
     cohort = jax.tree.map(lambda x: x[0, 0], cohort_of(config, federation, 0))
-    sketch_key = jax.random.fold_in(keys.sketch, 0)
+    sketch_key, network_key = (jax.random.fold_in(key, 0) for key in (keys.sketch, keys.network))
     local_steps = partial(train, federation.task.model.score, federation.optimizer)
 
     @drjax.program(placements={"clients": len(federation.cohort(0))})
@@ -119,11 +128,11 @@ def drjax_map(config: Config, federation: Federation) -> Round:
             )
             given, batch = jax.tree.map(lambda x: x[None], (given, batch))
             (after,), _ = local_steps(base, [given], batch, jnp.int32(0), None)
-            return method.combine([jax.vmap(method.upload)(given, after)], [client.weight[None]])
+            return sent(method, network_key, server, given, after, jax.tree.map(lambda x: x[None], client))
 
         shared = drjax.broadcast((base, server))
         uploads = drjax.map_fn(one_client, (*shared, clients, batches))
-        return method.update(server, drjax.reduce_sum(uploads))
+        return method.update(keys.server, server, drjax.reduce_sum(uploads))
 
     step = jax.jit(program, compiler_options=compiler_options())
     return lambda: jax.block_until_ready(step(base, server, *cohort))

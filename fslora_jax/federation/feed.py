@@ -186,7 +186,7 @@ def make_cohort(
     shares = np.where(done > 0, population.shares[lanes], 0.0)
     ranks = np.where(taken, population.ranks[lanes], 1)
     weights = shares / (shares.sum() or 1.0)  # where all fail, nothing is averaged
-    clients = Client._make((lanes.astype(np.int32), ranks.astype(np.int32), weights.astype(np.float32)))
+    clients = Client._make((lanes.astype(np.int32), ranks.astype(np.int32), weights.astype(np.float32), {}))
     groups, here = layout.lanes // chunks, slice(None) if mesh is None else groups_here(mesh)
     chosen = local_examples(population, steps, lanes, round, done)
     needed = shape_for(population.store, chosen, shape.row_length, steps.packing)

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from fslora_jax.sharding import own_like
-from fslora_jax.types import Batch, Local, Pair, Score, Trainable
+from fslora_jax.types import Batch, Local, Pair, Rows, Score, Trainable
 
 ScoreFn = Callable[[PyTree, Sequence[Local], Batch, Key[Array, " C"] | None], Score]
 """A model: (base, tiers, batch, dropout keys) -> the score of each client's examples."""
@@ -28,10 +28,10 @@ class ClientOptimizer(NamedTuple):
     learning_rate: optax.Schedule
 
 
-def masked(updates: Trainable, trains: dict[str, Float[Array, "N k"]]) -> Trainable:
-    """Updates of the components that may move, exact zeros elsewhere: weight decay must not touch a spare one."""
+def masked(updates: Trainable, trains: dict[str, Rows]) -> Trainable:
+    """Updates of the rows that may move, exact zeros elsewhere: weight decay must not touch a spare one."""
     adapter = {
-        m: Pair(*(jnp.where(trains[m][..., None] > 0, u, 0.0) for u in pair))
+        m: Pair(*(jnp.where(rows[..., None] > 0, u, 0.0) for u, rows in zip(pair, trains[m], strict=True)))
         for m, pair in updates.adapter.items()
     }
     return Trainable(adapter, updates.head)
@@ -45,20 +45,25 @@ def train(
     batches: Batch,
     first_step: Int[Array, ""],
     dropout_keys: Key[Array, " C"] | None,
+    *,
+    penalty: Callable[[Local], Float[Array, ""]] | None = None,
+    at_step: Callable[[Int[Array, ""]], list[Local]] | None = None,
 ) -> tuple[list[Local], Float[Array, "C H"]]:
     """H steps of every client on its own batches; returns what each holds after, and the losses before each step.
 
     ``batches`` leaves are ``(C, H, ...)``, clients in the order of ``tiers``. The gradient of the summed loss is
     every client's own gradient, since no trained value is shared; whatever is a client's own runs under ``vmap``.
-    A step without examples is no step: it moves nothing, not even the optimiser's state.
+    A step without examples is no step: it moves nothing, not even the optimiser's state. ``penalty`` of what a
+    client holds is minimised with its loss, and not reported; ``at_step`` gives scales and moving rows for a step.
     """
 
-    def loss(weights: list[Trainable], batch: Batch, keys: Key[Array, " C"] | None):
+    def loss(weights: list[Trainable], tiers: list[Local], batch: Batch, keys: Key[Array, " C"] | None):
         held = [tier._replace(weights=w) for tier, w in zip(tiers, weights, strict=True)]
         scores = score(base, held, batch, keys)
         count = scores.count.sum(-1)
         losses = scores.loss.sum(-1) / jnp.maximum(count, 1.0)
-        return losses.sum(), (losses, count > 0)
+        extra = 0.0 if penalty is None else sum(jax.vmap(penalty)(tier).sum() for tier in held)
+        return losses.sum() + extra, (losses, count > 0)
 
     def one_client(
         rate: Array, weights: Trainable, state: PyTree, grads: Trainable, local: Local, active: Array
@@ -74,12 +79,13 @@ def train(
         keys = (
             None if dropout_keys is None else jax.vmap(lambda key: jax.random.fold_in(key, h))(dropout_keys)
         )
-        grads, (losses, active) = jax.grad(loss, has_aux=True)(weights, batch, keys)
+        now = list(tiers) if at_step is None else at_step(h)
+        grads, (losses, active) = jax.grad(loss, has_aux=True)(weights, now, batch, keys)
         rate = jnp.asarray(optimizer.learning_rate(first_step + h))
         by_tier = jnp.split(active, ends[:-1])
         moved = [
             jax.vmap(partial(one_client, rate))(*parts)
-            for parts in zip(weights, states, grads, tiers, by_tier, strict=True)
+            for parts in zip(weights, states, grads, now, by_tier, strict=True)
         ]
         return ([w for w, _ in moved], [s for _, s in moved]), losses
 

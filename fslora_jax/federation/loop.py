@@ -21,13 +21,16 @@ from fslora_jax.errors import UserError
 from fslora_jax.evaluate import make_evaluation, measure
 from fslora_jax.federation.exports import write_global
 from fslora_jax.federation.feed import make_cohort
+from fslora_jax.federation.memories import Memories
 from fslora_jax.federation.meter import Meter, client_traffic, speed_of
+from fslora_jax.federation.method import check_method
 from fslora_jax.federation.round import Cohort, Keys, base_keys, make_round
-from fslora_jax.federation.setup import Federation, initial_server, set_up
+from fslora_jax.federation.setup import Federation, global_model, initial_server, open_memories, set_up
 from fslora_jax.log import JsonLines, Logger, open_loggers, read_records
 from fslora_jax.methods import Server
+from fslora_jax.models import shifted
 from fslora_jax.processes import leader_first, leads
-from fslora_jax.rundir import open_run, read_summary, write_atomically, write_summary
+from fslora_jax.rundir import MEMORIES, open_run, read_summary, write_atomically, write_summary
 from fslora_jax.sharding import replicated
 
 
@@ -49,6 +52,7 @@ def run(config: Config, run_dir: Path, display: Display) -> dict[str, Any]:
     Raises:
       UserError: bad input, a full disk, a client's loss that is not finite, a run folder of another config.
     """
+    check_method(config)
     with ExitStack() as stack:
         leader_first(lambda: stack.enter_context(open_run(run_dir, config)))
         finished = read_summary(run_dir)
@@ -79,9 +83,10 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
     num_rounds, mesh, base = config.federation.num_rounds, federation.mesh, federation.task.base
     checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
     server = initial_server(config, federation)
+    memories = open_memories(config, federation, server, run_dir / MEMORIES)
     done = max(checkpoints.rounds(), default=0)
     if done:
-        server = checkpoints.restore(done, server)
+        server = checkpoints.restore(done, server, memories)
     if done == num_rounds:  # killed between the last checkpoint and the summary
         checkpoints.close()
         return server, 0.0
@@ -89,7 +94,7 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
     loggers = open_loggers(config.loggers, run_dir, kept) if leads() else []
     clocks: list[Logger] = [JsonLines(run_dir / "timings.jsonl", kept)] if leads() else []
     keys = base_keys(config.seed, mesh)
-    evaluate, meter = evaluator(federation), Meter(federation, done)
+    evaluate, meter = evaluator(federation), Meter(federation, last_record(run_dir, done))
     with ExitStack() as stack:
         for opened in (*loggers, *clocks, checkpoints):
             stack.callback(opened.close)
@@ -97,19 +102,21 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
         upcoming = ahead.submit(cohort_of, config, federation, done)
         display.stage("compiling the round")
         programs = Programs(config, federation)
-        programs.of(server, keys, upcoming.result())
+        programs.of(server, keys, remembering(upcoming.result(), memories))
         if not done:
             display.stage("evaluating the start")
             write(loggers, {"round": 0, **evaluate(server)})
         for t in range(done, num_rounds):
             asked = time.perf_counter()
-            cohort, started = upcoming.result(), time.perf_counter()
+            cohort, started = remembering(upcoming.result(), memories), time.perf_counter()
             if t + 1 < num_rounds:
                 upcoming = ahead.submit(cohort_of, config, federation, t + 1)
             step = programs.of(server, keys, cohort)
             with jax.transfer_guard("disallow"):
-                server, losses = step(base, server, keys, cohort)
-            record = {"round": t + 1, **meter.measure(t, cohort, losses)}
+                server, played = step(base, server, keys, cohort)
+            record = {"round": t + 1, **meter.measure(t, cohort, played.losses)}
+            if memories is not None:
+                memories.scatter(jax.device_get(cohort.clients.id), played.memory)
             seconds = time.perf_counter() - started
             if (t + 1) % config.evaluate_every == 0 or t + 1 == num_rounds:
                 record |= evaluate(server)
@@ -118,8 +125,23 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
             write(clocks, {"round": t + 1, **speed})
             display.round(t + 1, num_rounds, record | speed)
             if (t + 1) % config.checkpoint_every == 0 or t + 1 == num_rounds:
-                checkpoints.save(t + 1, server)
+                checkpoints.save(t + 1, server, memories)
     return server, programs.seconds
+
+
+def remembering(cohort: Cohort, memories: Memories | None) -> Cohort:
+    """A cohort whose clients know what they remember; only after the round before, so not ahead of time."""
+    if memories is None:
+        return cohort
+    ids = cohort.clients.id
+    found = jax.device_put(memories.gather(jax.device_get(ids)), ids.sharding)
+    return cohort._replace(clients=cohort.clients._replace(memory=found))
+
+
+def last_record(run_dir: Path, done: int) -> dict[str, Any]:
+    """What was recorded of the last round that counts."""
+    records = read_records(run_dir / "metrics.jsonl") if done else []
+    return next((record for record in records if record["round"] == done), {})
 
 
 def evaluator(federation: Federation) -> Callable[[Server], dict[str, float]]:
@@ -129,7 +151,7 @@ def evaluator(federation: Federation) -> Callable[[Server], dict[str, float]]:
     evaluation = make_evaluation(task.model.score, federation.spec, mesh)
 
     def evaluate(server: Server) -> dict[str, float]:
-        found = measure(evaluation(task.base, server.weights, test), task.test, task.metrics)
+        found = measure(evaluation(*global_model(federation, server), test), task.test, task.metrics)
         if not math.isfinite(found["loss"]):
             raise UserError(
                 f"round {int(server.round)}: loss {found['loss']} on the held-out examples; lower "
@@ -183,6 +205,7 @@ def compile_round(config: Config, federation: Federation, server: Server, keys: 
         local_steps=config.federation.local_steps,
         dropout=config.lora.lora_dropout > 0,
         mesh=federation.mesh,
+        shift=shifted,
     )
     program = jax.jit(one_round, compiler_options=compiler_options())
     compiled = program.lower(federation.task.base, server, keys, cohort).compile()

@@ -12,34 +12,28 @@ from jaxtyping import Bool, Float
 from fslora_jax.data.batches import fill
 from fslora_jax.errors import UserError
 from fslora_jax.federation.cohort import EMPTY
-from fslora_jax.federation.feed import counted_steps
 from fslora_jax.federation.round import Cohort
 from fslora_jax.federation.setup import Federation
-from fslora_jax.methods import Traffic, traffic
+from fslora_jax.methods import Client, Traffic
 from fslora_jax.processes import fetch
 from fslora_jax.random import Purpose, device_key
 
 
 class Meter:
-    """Loss and traffic of a round, in order from ``done`` rounds on; refuses a loss that is not finite."""
+    """Loss and traffic of a round; refuses a loss that is not finite.
 
-    def __init__(self, federation: Federation, done: int):
-        self._federation = federation
-        ks = np.unique(federation.task.population.ranks)
-        sent = {int(k): client_traffic(federation, int(k)) for k in ks}
-        self._bytes = np.zeros((max(sent) + 1, 2), np.int64)
-        for k, of_client in sent.items():
-            self._bytes[k] = of_client.down, of_client.up
-        self._sent = np.zeros(2, np.int64)
-        for t in range(done):
-            self._count(t)
+    ``last`` is the record of the round before, from which bytes go on counting.
+    """
 
-    def _count(self, t: int) -> None:
-        """Adds the bytes of a round, down to the whole cohort and up from those that report."""
-        ids, population = self._federation.cohort(t), self._federation.task.population
-        reported = counted_steps(population, self._federation.steps, ids, t) > 0
-        down, up = self._bytes[population.ranks[ids]].T
-        self._sent += down.sum(), up[reported].sum()
+    def __init__(self, federation: Federation, last: dict[str, Any]):
+        self._method, self._head = federation.method, head_values(federation)
+        self._down, self._up = last.get("traffic/down_bytes", 0), last.get("traffic/up_bytes", 0)
+
+    def _count(self, t: int, clients: Client) -> None:
+        """Adds the bytes of a round: down to the whole cohort, up from those that report."""
+        down, up = self._method.traffic(t, clients, self._head)
+        self._down += int(np.sum(down))
+        self._up += int(np.sum(up * (clients.weight > 0)))
 
     def measure(self, t: int, cohort: Cohort, losses: jax.Array) -> dict[str, Any]:
         """Mean training loss of the round, and the bytes of all rounds so far.
@@ -47,7 +41,8 @@ class Meter:
         Raises:
           UserError: a client's loss is NaN or infinite; names the round and the client.
         """
-        ids, by_step, real = fetch((cohort.clients.id, losses, cohort.batches.weights))
+        clients, by_step, real = fetch((cohort.clients, losses, cohort.batches.weights))
+        ids = clients.id
         by_step, done = by_step[ids != EMPTY], (real > 0).any(axis=-1)[ids != EMPTY]
         broken = ~np.isfinite(by_step)
         if broken.any():
@@ -57,12 +52,12 @@ class Meter:
                 "lower client_optimizer.learning_rate, set client_optimizer.max_grad_norm, or look at its data; "
                 "the last checkpoint is kept"
             )
-        self._count(t)
+        self._count(t, jax.tree.map(lambda x: x[ids != EMPTY], clients))
         return {
             "train/loss": mean_loss(by_step, done),
             "clients/reported": int(done.any(1).sum()),
-            "traffic/down_bytes": int(self._sent[0]),
-            "traffic/up_bytes": int(self._sent[1]),
+            "traffic/down_bytes": self._down,
+            "traffic/up_bytes": self._up,
         }
 
 
@@ -75,9 +70,15 @@ def mean_loss(by_step: Float[np.ndarray, "C H"], done: Bool[np.ndarray, "C H"]) 
 
 def client_traffic(federation: Federation, k: int) -> Traffic:
     """Bytes of one client of rank ``k`` in one round."""
+    alone = Client(*jax.tree.map(np.atleast_1d, (0, k, 1.0)))
+    down, up = federation.method.traffic(0, alone, head_values(federation))
+    return Traffic(int(down[0]), int(up[0]))
+
+
+def head_values(federation: Federation) -> int:
+    """Values of the trained head."""
     head = jax.eval_shape(federation.task.model.init_head, device_key(0, Purpose.INIT))
-    head_values = sum(math.prod(x.shape) for x in jax.tree.leaves(head))
-    return traffic(federation.spec, k, head_values)
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(head))
 
 
 def speed_of(cohort: Cohort, clients: int, seconds: float, waited: float) -> dict[str, float]:

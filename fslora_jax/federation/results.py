@@ -1,7 +1,7 @@
 """What comes after training: open a run again, evaluate it or an adapter folder."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fslora_jax import hub
 from fslora_jax.adapters.read import check_fits, read_adapter
@@ -11,7 +11,8 @@ from fslora_jax.data.tasks import TASKS
 from fslora_jax.errors import UserError
 from fslora_jax.evaluate import make_evaluation, measure
 from fslora_jax.federation.examples import find_examples, model_task, outputs, tokenise_held_out
-from fslora_jax.federation.setup import Federation, initial_server, set_up
+from fslora_jax.federation.memories import Memories
+from fslora_jax.federation.setup import Federation, global_model, initial_server, open_memories, set_up
 from fslora_jax.methods import Server
 from fslora_jax.models import load_model
 from fslora_jax.rundir import load_run_config
@@ -25,7 +26,16 @@ MODEL_OF: dict[str, dict[str, Any]] = {
 """PEFT's task type -> the options of the model that an export of this package stores under it."""
 
 
-def load_round(run_dir: Path, round: int | None) -> tuple[Config, Federation, Server]:
+class Loaded(NamedTuple):
+    """A run as it was after a round; ``memories`` is None where clients remember nothing."""
+
+    config: Config
+    federation: Federation
+    server: Server
+    memories: Memories | None
+
+
+def load_round(run_dir: Path, round: int | None) -> Loaded:
     """A run as it was after a round, by default the newest that has a checkpoint.
 
     Raises:
@@ -38,14 +48,16 @@ def load_round(run_dir: Path, round: int | None) -> tuple[Config, Federation, Se
     if wanted not in saved:
         raise UserError(f"{run_dir}: no checkpoint of round {wanted}; there are {saved or 'none yet'}")
     federation = set_up(config.model_copy(update={"mesh": MeshConfig()}))  # on the devices that are here
-    server = checkpoints.restore(wanted, initial_server(config, federation))
+    first = initial_server(config, federation)
+    server = checkpoints.restore(wanted, first)
+    memories = open_memories(config, federation, first, checkpoints.files(wanted), saved=True)
     checkpoints.close()
-    return config, federation, server
+    return Loaded(config, federation, server, memories)
 
 
 def evaluate_run(run_dir: Path, data: DataConfig | None = None) -> dict[str, float]:
     """Metrics of a run's newest global adapter, on its held-out examples or on others."""
-    config, federation, server = load_round(run_dir, None)
+    config, federation, server, _ = load_round(run_dir, None)
     task = federation.task
     test, metrics = task.test, task.metrics
     if data is not None:
@@ -54,7 +66,9 @@ def evaluate_run(run_dir: Path, data: DataConfig | None = None) -> dict[str, flo
         labelled = data.model_copy(update={"label_names": task.label_names or None})
         examples = find_examples(labelled, folder, held_out=True)
         test = tokenise_held_out(folder, task.model, examples, labelled)
-    score = make_evaluation(task.model.score, federation.spec)(task.base, server.weights, test.batches)
+    score = make_evaluation(task.model.score, federation.spec)(
+        *global_model(federation, server), test.batches
+    )
     return measure(score, test, metrics)
 
 

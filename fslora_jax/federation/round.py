@@ -1,7 +1,9 @@
 """One federated round as one compiled program: download, local steps, upload, combine, server update."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from itertools import accumulate
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,15 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from fslora_jax.federation.cohort import Layout
 from fslora_jax.federation.local import ClientOptimizer, ScoreFn, train
-from fslora_jax.methods import Client, Method, Server
+from fslora_jax.methods import Client, Combined, Method, Server, merge
 from fslora_jax.random import Purpose, device_key
 from fslora_jax.sharding import CLIENTS, replicated, whole
-from fslora_jax.types import Batch
+from fslora_jax.types import Batch, Local
+
+T = TypeVar("T")
+
+Shift = Callable[[PyTree, dict[str, Array]], PyTree]
+"""A model's base with something added to its kernels, ``(base, {module: (N, i, o)}) -> base``."""
 
 
 class Keys(NamedTuple):
@@ -22,13 +29,16 @@ class Keys(NamedTuple):
 
     sketch: Key[Array, ""]
     dropout: Key[Array, ""]
+    network: Key[Array, ""]
+    server: Key[Array, ""]
 
 
 def base_keys(seed: int, mesh: Mesh | None = None) -> Keys:
     """The keys of a run, made in place: ``device_put`` refuses keys on a mesh of several processes."""
 
     def make() -> Keys:
-        return Keys(device_key(seed, Purpose.SKETCH), device_key(seed, Purpose.DROPOUT))
+        purposes = (Purpose.SKETCH, Purpose.DROPOUT, Purpose.NETWORK, Purpose.SERVER)
+        return Keys(*(device_key(seed, purpose) for purpose in purposes))
 
     return jax.jit(make, out_shardings=replicated(mesh))()
 
@@ -40,6 +50,13 @@ class Cohort(NamedTuple):
     batches: Batch
 
 
+class Played(NamedTuple):
+    """What a round leaves beside the server: losses ``(groups, chunks, slots, H)``, and what each client remembers."""
+
+    losses: Float[Array, "groups chunks slots H"]
+    memory: dict[str, PyTree]
+
+
 def make_round(
     score: ScoreFn,
     method: Method,
@@ -49,62 +66,147 @@ def make_round(
     local_steps: int,
     dropout: bool = False,
     mesh: Mesh | None = None,
-) -> Callable[[PyTree, Server, Keys, Cohort], tuple[Server, Float[Array, "groups chunks slots H"]]]:
-    """The round ``(base, server, keys, cohort) -> (server, losses)``; ``jax.jit`` makes it one program.
+    shift: Shift | None = None,
+) -> Callable[[PyTree, Server, Keys, Cohort], tuple[Server, Played]]:
+    """The round ``(base, server, keys, cohort) -> (server, losses and memories)``; ``jax.jit`` makes it one program.
 
     Ranks, clients, seeds and data are arguments: one executable serves every round of a run. On a mesh every group of
     devices along ``clients`` runs its own clients, and the groups meet in one sum; how the devices of one group share
     the work is the compiler's affair, led by the shardings of the base and of the model's activations.
     """
+    locally = local_training(score, method, optimizer, layout, local_steps=local_steps, dropout=dropout)
 
-    def of_clients(base: PyTree, server: Server, keys: Keys, cohort: Cohort):
-        clients, batches = cohort
-        by_client = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-        sketch_keys = by_client(jax.random.fold_in(keys.sketch, server.round), clients.id)
-        dropout_keys = (
-            by_client(jax.random.fold_in(keys.dropout, server.round), clients.id) if dropout else None
-        )
-
-        given, weights, start = [], [], 0
-        for cap, count in layout.tiers:
-            slots = slice(start, start + count)
-            tier = jax.tree.map(lambda x, slots=slots: x[slots], clients)
-            download = jax.vmap(lambda key, client, cap=cap: method.download(key, server, client, cap))
-            given.append(download(sketch_keys[slots], tier))
-            weights.append(tier.weight)
-            start += count
-        first_step = server.round * local_steps
-        after, losses = train(score, optimizer, base, given, batches, first_step, dropout_keys)
+    def of_clients(base: PyTree, server: Server, keys: Keys, cohort: Cohort) -> tuple[Combined, Played]:
+        given, after, losses = locally(base, server, keys, cohort)
         # Without it the TPU compiler trains twice, once for the adapters and once for the heads.
         after, losses = jax.lax.optimization_barrier((after, losses))
-        payloads = [jax.vmap(method.upload)(b, a) for b, a in zip(given, after, strict=True)]
-        return method.combine(payloads, weights), losses
+        clients = split(layout, cohort.clients)
+        network_keys = split(layout, client_keys(keys.network, server, cohort.clients.id))
+        upload = jax.vmap(method.upload, in_axes=(0, None, 0, 0, 0))
+        tiers = zip(network_keys, given, after, clients, strict=True)
+        sent = [upload(key, server, old, new, client) for key, old, new, client in tiers]
+        memory = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(kept for _, kept in sent))
+        combined = method.combine([payload for payload, _ in sent], [tier.weight for tier in clients])
+        return combined, Played(losses, memory)
 
-    def of_group(base: PyTree, server: Server, keys: Keys, cohort: Cohort):
+    def of_group(base: PyTree, server: Server, keys: Keys, cohort: Cohort) -> tuple[Combined, Played]:
         chunks = jax.tree.map(lambda x: x[0], cohort)
-        first = jax.tree.map(lambda x: x[0], chunks)
+        one = jax.tree.map(lambda x: x[0], chunks)
         # A group's own copy: gradients at replicated weights would be summed over the groups.
         own = server if mesh is None else jax.lax.pcast(server, CLIENTS, to="varying")
-        shapes = jax.eval_shape(of_clients, base, own, keys, first)[0]
+        own = own._replace(announced=announced(method, chunks.clients, mesh))
+        shifted = shift(base, own.base_delta) if shift and method.traits.moves_base else base
+        shapes = jax.eval_shape(of_clients, shifted, own, keys, one)[0]
         nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         if mesh is not None:
             nothing = jax.lax.pcast(nothing, CLIENTS, to="varying")
 
-        def chunk(total, cohort):
-            combined, losses = of_clients(base, own, keys, cohort)
-            return jax.tree.map(jnp.add, total, combined), losses
+        def chunk(total: Combined, cohort: Cohort) -> tuple[Combined, Played]:
+            combined, played = of_clients(shifted, own, keys, cohort)
+            return merge(total, combined), played
 
-        combined, losses = jax.lax.scan(chunk, nothing, chunks)
-        if mesh is not None:
-            combined = jax.lax.psum(combined, CLIENTS)  # the only line where groups meet
-        return whole(method.update(server, combined)), losses[None]
+        combined, played = jax.lax.scan(chunk, nothing, chunks)
+        if mesh is not None:  # the only lines where groups meet
+            summed = jax.lax.psum(combined._replace(peak={}), CLIENTS)
+            combined = summed._replace(peak=jax.lax.pmax(combined.peak, CLIENTS))
+        return whole(combined), jax.tree.map(lambda x: x[None], played)
 
-    if mesh is None:
-        return of_group
-    return jax.shard_map(
-        of_group,
-        mesh=mesh,
-        axis_names={CLIENTS},
-        in_specs=(P(), P(), P(), P(CLIENTS)),
-        out_specs=(P(), P(CLIENTS)),
-    )
+    def one_round(base: PyTree, server: Server, keys: Keys, cohort: Cohort) -> tuple[Server, Played]:
+        combined, played = collect(base, server, keys, cohort)
+        return whole(method.update(jax.random.fold_in(keys.server, server.round), server, combined)), played
+
+    collect = of_group
+    if mesh is not None:
+        collect = jax.shard_map(
+            of_group,
+            mesh=mesh,
+            axis_names={CLIENTS},
+            in_specs=(P(), P(), P(), P(CLIENTS)),
+            out_specs=(P(), P(CLIENTS)),
+        )
+    return one_round
+
+
+def local_training(
+    score: ScoreFn,
+    method: Method,
+    optimizer: ClientOptimizer,
+    layout: Layout,
+    *,
+    local_steps: int,
+    dropout: bool = False,
+) -> Callable[[PyTree, Server, Keys, Cohort], tuple[list[Local], list[Local], Float[Array, "C H"]]]:
+    """What the clients of one lane are given, what each holds after its local steps, and its losses, by tier.
+
+    ``(base, server, keys, cohort)``, the cohort's leaves ``(slots, ...)``.
+    """
+
+    def locally(base: PyTree, server: Server, keys: Keys, cohort: Cohort):
+        clients = split(layout, cohort.clients)
+        sketch_keys = split(layout, client_keys(keys.sketch, server, cohort.clients.id))
+        given = [
+            jax.vmap(lambda key, client, cap=cap: method.download(key, server, client, cap))(key, client)
+            for (cap, _), key, client in zip(layout.tiers, sketch_keys, clients, strict=True)
+        ]
+        after, losses = train(
+            forwarded(score, method, server),
+            optimizer,
+            base,
+            given,
+            cohort.batches,
+            server.round * local_steps,
+            client_keys(keys.dropout, server, cohort.clients.id) if dropout else None,
+            penalty=method.penalty,
+            at_step=changing(method, sketch_keys, clients, given),
+        )
+        return given, after, losses
+
+    return locally
+
+
+def split(layout: Layout, tree: T) -> list[T]:
+    """Leaves ``(slots, ...)`` by tier."""
+    ends = list(accumulate(count for _, count in layout.tiers))
+    starts = [end - count for end, (_, count) in zip(ends, layout.tiers, strict=True)]
+    return [jax.tree.map(lambda x, s=s, e=e: x[s:e], tree) for s, e in zip(starts, ends, strict=True)]
+
+
+def client_keys(base_key: Key[Array, ""], server: Server, ids: Array) -> Key[Array, " C"]:
+    """A purpose's key of each client in this round."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.fold_in(base_key, server.round), ids)
+
+
+def forwarded(score: ScoreFn, method: Method, server: Server) -> ScoreFn:
+    """The model's score of what clients train, where that is not the model's factors themselves."""
+    if (forward := method.forward) is None:
+        return score
+
+    def of_trained(base, tiers, batch, keys):
+        return score(base, [jax.vmap(partial(forward, server))(tier) for tier in tiers], batch, keys)
+
+    return of_trained
+
+
+def changing(
+    method: Method, keys: list[Key[Array, " C"]], clients: list[Client], tiers: list[Local]
+) -> Callable[[Array], list[Local]] | None:
+    """Scales and moving rows of all tiers by step, for a method that changes them."""
+    if (at_step := method.at_step) is None:
+        return None
+
+    def at(h: Array) -> list[Local]:
+        def one(key: Array, client: Client, local: Local) -> Local:
+            return at_step(jax.random.fold_in(key, h), client, local)
+
+        return [jax.vmap(one)(*parts) for parts in zip(keys, clients, tiers, strict=True)]
+
+    return at
+
+
+def announced(method: Method, clients: Client, mesh: Mesh | None) -> PyTree:
+    """The weighted sum over the whole cohort of what its clients announce; ``clients`` are ``(chunks, slots)``."""
+    if (announce := method.announce) is None:
+        return ()
+    said = jax.vmap(jax.vmap(announce))(clients)
+    total = jax.tree.map(lambda x: jnp.einsum("cs,cs...->...", clients.weight, x), said)
+    return total if mesh is None else jax.lax.pcast(jax.lax.psum(total, CLIENTS), CLIENTS, to="varying")

@@ -2,18 +2,20 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from fslora_jax import hub
 from fslora_jax.adapters.spec import model_spec
 from fslora_jax.config import ClientOptimizerConfig, Config
-from fslora_jax.data.batches import BatchShape
+from fslora_jax.data.batches import BatchShape, make_batch
 from fslora_jax.data.examples import Examples
 from fslora_jax.data.held_out import HeldOut
 from fslora_jax.data.partition import PARTITIONS, Partition, check_partition
@@ -21,15 +23,24 @@ from fslora_jax.data.tasks import TASKS
 from fslora_jax.errors import UserError
 from fslora_jax.federation.cohort import Layout, plan_layout, sample_cohort
 from fslora_jax.federation.examples import load_examples, model_task, outputs, tokenise, tokenise_held_out
-from fslora_jax.federation.feed import Population, Steps, best_row_length, plan_shape, planned_rounds
+from fslora_jax.federation.feed import (
+    Population,
+    Steps,
+    best_row_length,
+    local_examples,
+    plan_shape,
+    planned_rounds,
+)
 from fslora_jax.federation.local import ClientOptimizer
+from fslora_jax.federation.memories import Memories
+from fslora_jax.federation.method import is_tiered, make_method
 from fslora_jax.federation.resources import client_ranks
 from fslora_jax.federation.start import start_server, starting_point
-from fslora_jax.methods import METHODS, Method, Server, Spec
-from fslora_jax.models import Model, load_model
+from fslora_jax.methods import Method, Server, Spec, whole
+from fslora_jax.models import Model, load_model, shifted
 from fslora_jax.random import Purpose, host_rng
 from fslora_jax.sharding import base_sharding, client_groups, make_mesh, replicated
-from fslora_jax.types import Trainable
+from fslora_jax.types import Batch, Trainable
 
 
 class Task(NamedTuple):
@@ -180,12 +191,13 @@ def set_up(config: Config) -> Federation:
     task = load_task(config, mesh)
     f, r = config.federation, config.lora.r
     spec = model_spec(config.lora, task.model, f.share_sketch)
+    method = make_method(config, spec)
     model, frozen, start = starting_point(config, task.model, spec, task.label_names)
     base = task.base | jax.device_put(frozen, replicated(mesh))
     cohort = cohort_sampler(config)
     lanes = client_groups(mesh) * f.cohort_chunks
-    cohorts = map(cohort, range(different_cohorts(config)))
-    layout = plan_layout(task.population.ranks, cohorts, r=r, lanes=lanes, tiered=f.layout == "tiered")
+    cohorts, tiered = map(cohort, range(different_cohorts(config))), is_tiered(config, method)
+    layout = plan_layout(task.population.ranks, cohorts, r=r, lanes=lanes, tiered=tiered)
     steps = Steps(
         seed=config.seed,
         local_steps=f.local_steps,
@@ -203,7 +215,7 @@ def set_up(config: Config) -> Federation:
         task=task._replace(model=model, base=base),
         start=start,
         spec=spec,
-        method=METHODS[f.method](spec, config.server_optimizer.build()),
+        method=method,
         optimizer=make_client_optimizer(config.client_optimizer, f.num_rounds, f.local_steps),
         steps=steps,
         layout=layout,
@@ -227,4 +239,49 @@ def different_cohorts(config: Config) -> int:
 def initial_server(config: Config, federation: Federation) -> Server:
     """Global weights before the first round, on the devices."""
     server = start_server(config, federation.method, federation.task.model, federation.start)
+    if (from_gradient := federation.method.from_gradient) is not None:
+        server = jax.jit(from_gradient)(server, kernel_gradient(federation, server))
     return jax.device_put(server, replicated(federation.mesh))
+
+
+def kernel_gradient(federation: Federation, server: Server) -> dict[str, Array]:
+    """The mean over all clients of the loss's gradient at the adapted kernels, on each one's first minibatch."""
+    task, steps = (
+        federation.task,
+        federation.steps._replace(local_steps=1, min_local_steps=None, failure_rate=0.0),
+    )
+    held = jax.tree.map(lambda x: x[None], whole(federation.spec, federation.method.adapter(server)))
+    nothing = {m: jnp.zeros((t.layers, t.i, t.o)) for m, t in federation.spec.targets.items()}
+
+    def loss(delta: dict[str, Array], base: PyTree, batch: Batch) -> Array:
+        one = jax.tree.map(lambda x: x[None], batch)
+        found = task.model.score(shifted(base, delta), [held], one, None)
+        return found.loss.sum() / jnp.maximum(found.count.sum(), 1.0)
+
+    add = jax.jit(lambda total, *given: jax.tree.map(jnp.add, total, jax.grad(loss)(nothing, *given)))
+    total, population = nothing, task.population
+    for client in range(len(population.ranks)):
+        chosen = local_examples(population, steps, np.array(client), 0)[0]
+        batch = make_batch(population.store, population.labels, chosen, federation.shape, steps.packing)
+        total = add(total, task.base, batch)
+    return jax.tree.map(lambda x: x / len(population.ranks), total)
+
+
+def global_model(federation: Federation, server: Server) -> tuple[PyTree, Trainable]:
+    """The base, with what was merged into it, and the global adapter and head: what is evaluated."""
+    base = federation.task.base
+    if federation.method.traits.moves_base:
+        base = shifted(base, server.base_delta)
+    return base, federation.method.adapter(server)
+
+
+def open_memories(
+    config: Config, federation: Federation, first: Server, folder: Path, *, saved: bool = False
+) -> Memories | None:
+    """What clients remember, in files: nothing yet, or what was ``saved``; None where they never remember anything.
+
+    ``first`` is the server before the first round.
+    """
+    if (first_memory := federation.method.first_memory) is None:
+        return None
+    return Memories(folder, first_memory(first), config.population, saved=saved)

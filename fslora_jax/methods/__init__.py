@@ -1,14 +1,15 @@
 """Federated methods: one file a method, each a NamedTuple of pure functions, listed in one explicit dict."""
 
-from fslora_jax.methods.base import Client, Combined, Method, Payload, Server, whole
+from fslora_jax.methods.base import Client, Combined, Method, Payload, Server, Traits
+from fslora_jax.methods.catalogue import METHODS, WRAPPERS, build
 from fslora_jax.methods.fedit import fedit
 from fslora_jax.methods.fslora import fslora
+from fslora_jax.methods.parts import merge, whole
 from fslora_jax.methods.spec import Spec, Traffic, traffic
-
-METHODS = {"fedit": fedit, "fslora": fslora}
 
 __all__ = [
     "METHODS",
+    "WRAPPERS",
     "Client",
     "Combined",
     "Method",
@@ -16,8 +17,11 @@ __all__ = [
     "Server",
     "Spec",
     "Traffic",
+    "Traits",
+    "build",
     "fedit",
     "fslora",
+    "merge",
     "traffic",
     "whole",
 ]

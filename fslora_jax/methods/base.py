@@ -1,150 +1,118 @@
-"""What a federated method is, and the pieces that most methods share."""
+"""What a federated method is: a NamedTuple of pure functions, and the values that pass between them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from fslora_jax.lora import init_adapter
-from fslora_jax.methods.spec import Spec
-from fslora_jax.sketch import gather, scatter_sum
-from fslora_jax.types import Head, Local, Pair, Trainable
+from fslora_jax.methods.spec import Traffic
+from fslora_jax.types import Head, Local, Rows, Trainable
 
 
 class Server(NamedTuple):
-    """All that survives a round: global weights, the server optimiser's state, the number of rounds done."""
+    """All that survives a round on the server.
+
+    ``base_delta`` is what a method has merged into the frozen kernels ``(N, i, o)`` of each module, empty for methods
+    that leave them alone; ``memory`` is whatever else methods and wrappers keep, each under its name. ``announced``
+    is there during a round only.
+    """
 
     weights: Trainable
     opt_state: PyTree
     round: Int[Array, ""]
+    base_delta: dict[str, Float[Array, "N i o"]] = {}
+    memory: dict[str, PyTree] = {}
+    announced: PyTree = ()
 
 
 class Client(NamedTuple):
-    """One client as the round sees it: who, how many components it trains, its share of the average."""
+    """One client as the round sees it: who, how many components it trains, its share of the average.
+
+    ``memory`` is what methods and wrappers let a client keep from round to round, each under its name.
+    """
 
     id: Int[Array, "*C"]
     k: Int[Array, "*C"]
     weight: Float[Array, "*C"]
+    memory: dict[str, PyTree] = {}
 
 
 class Payload(NamedTuple):
-    """What a client sends: the change of the components it holds, where they live, the change of the head."""
+    """What a client sends: for the components it holds a change (or a value), where they live, which were trained.
+
+    ``extra`` holds what a method or a wrapper sends beside it, under its own name.
+    """
 
     delta: Trainable
     index: dict[str, Int[Array, "*C N k"]]
-    trains: dict[str, Float[Array, "*C N k"]]
+    trains: dict[str, Rows]
+    extra: dict[str, PyTree] = {}
 
 
 class Combined(NamedTuple):
-    """What the network hands to the server: the weighted sum, and by how many each component was trained."""
+    """What the network hands to the server.
+
+    ``delta`` is the weighted sum of what clients sent, ``mass`` the sum of the weights of those that trained a
+    component; ``extra`` holds further sums, ``peak`` maxima over all clients, each under the name of its owner.
+    """
 
     delta: Trainable
-    trained_by: dict[str, Float[Array, "N r"]]
+    mass: dict[str, Rows]
+    extra: dict[str, PyTree] = {}
+    peak: dict[str, PyTree] = {}
+
+
+class Traits(NamedTuple):
+    """What decides where a method may be used.
+
+    ``linear``: the server needs only weighted sums of what is sent, so noise or a channel may sit on the sum.
+    ``moves_base``: the frozen kernels change over the rounds. ``remembers``: clients keep something between rounds.
+    ``full_rank``: every client trains all r components. ``holds_all``: every client holds all r and trains k.
+    ``own_step``: the server's step is the method's own, so there is no room for a server optimiser.
+    """
+
+    linear: bool = True
+    moves_base: bool = False
+    remembers: bool = False
+    full_rank: bool = False
+    holds_all: bool = False
+    own_step: bool = False
 
 
 class Method(NamedTuple):
     """A federated method as pure functions, as optax has gradient transformations.
 
-    ``download`` and ``upload`` are written for one client. ``combine`` is the only place where clients
-    meet: it sums over the clients at hand, and the round adds these sums over chunks and devices.
+    ``download``, ``upload`` and the optional functions are written for one client. ``combine`` is the only place
+    where clients meet: it sums over the clients at hand, and the round merges these sums over chunks and devices.
+    ``traffic`` is for a whole cohort: ``(round, clients, values of the head) -> bytes of each client``.
+
+    Optional, None where a method has no use for it:
+
+    - ``announce``: what a client says of itself before the round; ``download`` and ``upload`` find the cohort's
+      weighted sum of it in ``server.announced``;
+    - ``first_memory``: what a client remembers before its first round;
+    - ``from_gradient``: the server before the first round, from the clients' mean gradient at the frozen kernels;
+    - ``penalty``: added to the local loss;
+    - ``forward``: from what a client trains to the factors that the model takes;
+    - ``at_step``: changes scales and trained rows before a local step;
+    - ``final``: the adapter that is evaluated and exported, by default the global one.
     """
 
     init: Callable[[Key[Array, ""], Head], Server]
     download: Callable[[Key[Array, ""], Server, Client, int], Local]
-    upload: Callable[[Local, Local], Payload]
+    upload: Callable[[Key[Array, ""], Server, Local, Local, Client], tuple[Payload, PyTree]]
     combine: Callable[[Sequence[Payload], Sequence[Float[Array, " C"]]], Combined]
-    update: Callable[[Server, Combined], Server]
+    update: Callable[[Key[Array, ""], Server, Combined], Server]
+    traffic: Callable[[int, Client, int], Traffic]
+    traits: Traits = Traits()
+    announce: Callable[[Client], PyTree] | None = None
+    first_memory: Callable[[Server], PyTree] | None = None
+    from_gradient: Callable[[Server, dict[str, Float[Array, "N i o"]]], Server] | None = None
+    penalty: Callable[[Local], Float[Array, ""]] | None = None
+    forward: Callable[[Server, Local], Local] | None = None
+    at_step: Callable[[Key[Array, ""], Client, Local], Local] | None = None
+    final: Callable[[Server], Trainable] | None = None
 
-
-def hold(spec: Spec, weights: Trainable, index: dict[str, Array], gain: dict[str, Array]) -> Local:
-    """What a client holds that was given the components ``index`` with forward gains ``gain``."""
-    scales = spec.scales()
-    return Local(
-        weights=Trainable({m: gather(pair, index[m]) for m, pair in weights.adapter.items()}, weights.head),
-        scale={m: scales[m] * g for m, g in gain.items()},
-        trains={m: (g > 0).astype(jnp.float32) for m, g in gain.items()},
-        index=index,
-    )
-
-
-def whole(spec: Spec, weights: Trainable) -> Local:
-    """The global adapter with ``S = I``: what is evaluated, and what a client of plain LoRA holds."""
-    index, gain = {}, {}
-    for m, r in spec.ranks().items():
-        shape = (spec.targets[m].layers, r)
-        index[m] = jnp.broadcast_to(jnp.arange(r, dtype=jnp.int32), shape)
-        gain[m] = jnp.ones(shape)
-    return hold(spec, weights, index, gain)
-
-
-def upload_delta(before: Local, after: Local) -> Payload:
-    """The change of what the client held: exactly its components, never the whole adapter."""
-    return Payload(jax.tree.map(jnp.subtract, after.weights, before.weights), before.index, before.trains)
-
-
-def weighted_sum(
-    ranks: Mapping[str, int], payloads: Sequence[Payload], weights: Sequence[Float[Array, " C"]]
-) -> Combined:
-    """``sum_i w_i scatter(delta_i)`` over the tiers at hand; weights sum to 1 over the whole cohort."""
-
-    def of_tier(payload: Payload, weight: Float[Array, " C"]) -> Combined:
-        adapter = {
-            m: Pair(*(scatter_sum(x, payload.index[m], weight, ranks[m]) for x in pair))
-            for m, pair in payload.delta.adapter.items()
-        }
-        head = jax.tree.map(lambda x: jnp.einsum("c,c...->...", weight, x), payload.delta.head)
-        taken = (weight > 0).astype(jnp.float32)
-        trained_by = {
-            m: scatter_sum(trains[..., None], payload.index[m], taken, ranks[m])[..., 0]
-            for m, trains in payload.trains.items()
-        }
-        return Combined(Trainable(adapter, head), trained_by)
-
-    tiers = [of_tier(p, w) for p, w in zip(payloads, weights, strict=True)]
-    return jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *tiers)
-
-
-def apply_server_optimizer(
-    optimizer: optax.GradientTransformation, server: Server, combined: Combined
-) -> Server:
-    """One step of the server optimiser on the averaged change, taken as a negative gradient (arXiv 2003.00295).
-
-    ``optax.sgd(1.0)`` is plain averaging. A component that nobody trained in this round stays bit-identical,
-    whatever momentum or decay the server optimiser has.
-    """
-    gradient = jax.tree.map(jnp.negative, combined.delta)
-    updates, opt_state = optimizer.update(gradient, server.opt_state, server.weights)
-    moved = jax.tree.map(jnp.add, server.weights, updates)
-    adapter = {
-        m: Pair(
-            *(
-                jnp.where(combined.trained_by[m][..., None] > 0, new, old)
-                for new, old in zip(moved.adapter[m], server.weights.adapter[m], strict=True)
-            )
-        )
-        for m in moved.adapter
-    }
-    return Server(Trainable(adapter, moved.head), opt_state, server.round + 1)
-
-
-def fedavg_lora(spec: Spec, server_optimizer: optax.GradientTransformation) -> Method:
-    """FedAvg of LoRA factors and head: the parts that `fedit` and `fslora` share."""
-
-    def init(key: Key[Array, ""], head: Head) -> Server:
-        weights = Trainable(init_adapter(key, spec.targets, spec.ranks()), head)
-        return Server(weights, server_optimizer.init(weights), jnp.int32(0))
-
-    def download(key: Key[Array, ""], server: Server, client: Client, cap: int) -> Local:
-        del key, client, cap  # everybody gets everything
-        return whole(spec, server.weights)
-
-    return Method(
-        init=init,
-        download=download,
-        upload=upload_delta,
-        combine=lambda payloads, weights: weighted_sum(spec.ranks(), payloads, weights),
-        update=lambda server, combined: apply_server_optimizer(server_optimizer, server, combined),
-    )
+    def adapter(self, server: Server) -> Trainable:
+        """The global adapter and head, as they are evaluated and exported."""
+        return server.weights if self.final is None else self.final(server)

@@ -2,7 +2,8 @@
 
 import optax
 
-from fslora_jax.methods.base import Method, fedavg_lora
+from fslora_jax.methods.base import Method
+from fslora_jax.methods.parts import fedavg_lora
 from fslora_jax.methods.spec import Spec
 
 

@@ -45,25 +45,38 @@ def part_of_rank(k: Any, r: int, module_r: int) -> Any:
 
 
 class Traffic(NamedTuple):
-    """Bytes of one client in one round."""
+    """Bytes of each client in one round; whole numbers, or arrays over a cohort."""
 
-    down: int
-    up: int
+    down: Any
+    up: Any
 
 
-def traffic(spec: Spec, k: int, head_values: int) -> Traffic:
-    """What a client of rank ``k`` receives and sends: its components of each module, the head, and downward the
-    indices of what was drawn (none at ``k = r``), 4 bytes each.
+def factor_values(spec: Spec, k: Any, factors: str = "ab") -> Any:
+    """Values of ``k`` components of each module, of both factors or of one.
+
+    >>> factor_values(Spec({"q": Target(10, 30, layers=2)}, r=8, scale=1.0), k=4, factors="b")
+    240
+    """
+    ranks = spec.ranks(k)
+    sizes = {m: t.layers * (t.i * ("a" in factors) + t.o * ("b" in factors)) for m, t in spec.targets.items()}
+    return sum(ranks[m] * size for m, size in sizes.items())
+
+
+def drawn_indices(spec: Spec, k: Any) -> Any:
+    """How many indices say what was drawn: none at ``k = r``; modules of one rank share a draw if any do."""
+    full, ranks = spec.ranks(), spec.ranks(k)
+    drawn = {m: ranks[m] * (ranks[m] < full[m]) for m in full}
+    if spec.share_sketch:
+        return sum({full[m]: count for m, count in drawn.items()}.values())
+    return sum(count * spec.targets[m].layers for m, count in drawn.items())
+
+
+def traffic(spec: Spec, k: Any, head_values: int) -> Traffic:
+    """What a client of rank ``k`` receives and sends in FSLoRA: its components of each module, the head, and downward
+    the indices of what was drawn, 4 bytes each.
 
     >>> traffic(Spec({"q": Target(10, 10, layers=2)}, r=8, scale=1.0), k=4, head_values=5)
     Traffic(down=692, up=660)
     """
-    full, ranks = spec.ranks(), spec.ranks(k)
-    values = sum(ranks[m] * t.layers * (t.i + t.o) for m, t in spec.targets.items())
-    drawn = {m: k for m, k in ranks.items() if k < full[m]}
-    if spec.share_sketch:  # modules of one rank share a draw
-        indices = sum({full[m]: k for m, k in drawn.items()}.values())
-    else:
-        indices = sum(k * spec.targets[m].layers for m, k in drawn.items())
-    up = 4 * (values + head_values)
-    return Traffic(down=up + 4 * indices, up=up)
+    up = 4 * (factor_values(spec, k) + head_values)
+    return Traffic(down=up + 4 * drawn_indices(spec, k), up=up)

@@ -2,7 +2,17 @@
 
 from fslora_jax.models.families import FAMILIES, build_model
 from fslora_jax.models.frozen import HEAD, freeze_head
-from fslora_jax.models.model import Model, Naming
+from fslora_jax.models.model import Model, Naming, shifted
 from fslora_jax.models.weights import class_tensors, load_model
 
-__all__ = ["FAMILIES", "HEAD", "Model", "Naming", "build_model", "class_tensors", "freeze_head", "load_model"]
+__all__ = [
+    "FAMILIES",
+    "HEAD",
+    "Model",
+    "Naming",
+    "build_model",
+    "class_tensors",
+    "freeze_head",
+    "load_model",
+    "shifted",
+]

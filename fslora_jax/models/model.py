@@ -21,6 +21,15 @@ class Naming(NamedTuple):
     architecture: str
 
 
+def shifted(base: dict[str, Any], delta: dict[str, Float[Array, "N i o"]]) -> dict[str, Any]:
+    """A base with something added to the kernels of some modules; what is not named is the same array."""
+    linear = dict(base["layers"]["linear"])
+    for path, change in delta.items():
+        kernel = linear[path]["kernel"]
+        linear[path] = linear[path] | {"kernel": kernel + change.astype(kernel.dtype)}
+    return base | {"layers": base["layers"] | {"linear": linear}}
+
+
 class Model(NamedTuple):
     """A model as pure functions; the base is an argument, always (closed over, XLA folds it as a constant).
 

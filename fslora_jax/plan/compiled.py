@@ -13,11 +13,12 @@ from fslora_jax.adapters.spec import model_spec
 from fslora_jax.config import Config
 from fslora_jax.data.batches import BatchShape
 from fslora_jax.federation.cohort import Layout, plan_layout
+from fslora_jax.federation.method import is_tiered, make_method
 from fslora_jax.federation.resources import client_ranks
 from fslora_jax.federation.round import Cohort, base_keys, make_round
 from fslora_jax.federation.setup import cohort_sampler, different_cohorts, make_client_optimizer
-from fslora_jax.methods import METHODS, Client
-from fslora_jax.models import Model
+from fslora_jax.methods import Client, Spec
+from fslora_jax.models import Model, shifted
 from fslora_jax.program import Collective, collectives, matmul_flops
 from fslora_jax.sharding import AXES, base_shardings, client_groups, make_mesh, over_clients, replicated
 from fslora_jax.types import Batch
@@ -94,7 +95,7 @@ def out_of_memory(message: str) -> str:
 def layout_of(config: Config, lanes: int) -> Layout:
     """The slots of the config's cohorts."""
     cohorts = map(cohort_sampler(config), range(different_cohorts(config)))
-    tiered = config.federation.layout == "tiered"
+    tiered = is_tiered(config, make_method(config, Spec({}, config.lora.r, 1.0)))
     return plan_layout(client_ranks(config), cohorts, r=config.lora.r, lanes=lanes, tiered=tiered)
 
 
@@ -104,12 +105,13 @@ def round_of(config: Config, model: Model, layout: Layout, mesh: Mesh | None) ->
     spec = model_spec(config.lora, model, f.share_sketch)
     return make_round(
         model.score,
-        METHODS[f.method](spec, config.server_optimizer.build()),
+        make_method(config, spec),
         make_client_optimizer(config.client_optimizer, f.num_rounds, f.local_steps),
         layout,
         local_steps=f.local_steps,
         dropout=config.lora.lora_dropout > 0,
         mesh=mesh,
+        shift=shifted,
     )
 
 
@@ -118,9 +120,7 @@ def abstract_arguments(
 ) -> tuple[PyTree, PyTree, PyTree, PyTree]:
     """Base, server, keys and cohort as shapes."""
     f = config.federation
-    method = METHODS[f.method](
-        model_spec(config.lora, model, f.share_sketch), config.server_optimizer.build()
-    )
+    method = make_method(config, model_spec(config.lora, model, f.share_sketch))
     slots = (layout.lanes // f.cohort_chunks, f.cohort_chunks, len(layout.caps))
     steps = (*slots, f.local_steps)
 
