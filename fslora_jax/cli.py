@@ -1,4 +1,4 @@
-"""The command line: ``fslora train | describe | eval | export | bench``."""
+"""The command line: ``fslora train | describe | eval | export | plan | methods | bench``."""
 
 import dataclasses
 import json
@@ -22,6 +22,7 @@ from fslora_jax.errors import UserError
 from fslora_jax.federation.exports import export_client, export_clients, export_merged, export_round
 from fslora_jax.federation.loop import run
 from fslora_jax.federation.results import evaluate_adapter, evaluate_run
+from fslora_jax.list_methods import methods_command
 from fslora_jax.plan.command import plan_command
 from fslora_jax.processes import join, leads
 from fslora_jax.rundir import CONFIG, load_run_config
@@ -40,6 +41,7 @@ commands:
   export RUN          write a PEFT adapter: the global one, one client's at its own rank, or all clients';
                       or a merged model
   plan CONFIG.yaml    what a round takes on a TPU slice, compiled without one
+  methods [NAME]      all federated methods and wrappers, or the options of one
   bench CONFIG.yaml   time a round against other engines, a Python loop and PyTorch among them
 
 `fslora COMMAND --help` tells more.
@@ -160,6 +162,7 @@ COMMANDS = {
     "eval": eval_command,
     "export": export_command,
     "plan": plan_command,
+    "methods": methods_command,
     "bench": bench_command,
 }
 

@@ -67,15 +67,6 @@ def test_the_defaults_are_the_papers():
         ({"federation__sketching_ratios": [0.005]}, "0.005 of rank 64 rounds to k = 0, expected k >= 1"),
         ({"federation__clients_per_round": 21}, "federation.clients_per_round: found 21, expected at most"),
         ({"federation__num_clients": 0}, "federation.num_clients: found 0"),
-        (
-            {"federation__method": "fedavg"},
-            "federation.method: found 'fedavg'; input should be 'fslora' or 'fedit'",
-        ),
-        ({"federation__method": "fedit"}, "fedit trains all r components"),
-        (
-            {"federation__method": "fedit", "federation__ranks": "normal"},
-            "federation.sketching_ratios: found normal",
-        ),
         ({"federation__min_local_steps": 11}, "federation.min_local_steps: found 11, expected at most"),
         ({"federation__failure_rate": 1.0}, "federation.failure_rate: found 1.0"),
         ({"data__row_length": 64}, "data.row_length: found 64, expected at least data.max_length = 128"),

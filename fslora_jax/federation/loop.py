@@ -22,12 +22,12 @@ from fslora_jax.evaluate import make_evaluation, measure
 from fslora_jax.federation.exports import write_global
 from fslora_jax.federation.feed import make_cohort
 from fslora_jax.federation.memories import Memories
-from fslora_jax.federation.meter import Meter, client_traffic, speed_of
+from fslora_jax.federation.meter import Meter, client_traffic, head_values, speed_of
 from fslora_jax.federation.method import check_method
 from fslora_jax.federation.round import Cohort, Keys, base_keys, make_round
 from fslora_jax.federation.setup import Federation, global_model, initial_server, open_memories, set_up
 from fslora_jax.log import JsonLines, Logger, open_loggers, read_records
-from fslora_jax.methods import Server
+from fslora_jax.methods import Server, traffic
 from fslora_jax.models import shifted
 from fslora_jax.processes import leader_first, leads
 from fslora_jax.rundir import MEMORIES, open_run, read_summary, write_atomically, write_summary
@@ -235,7 +235,7 @@ def summarise(
     evaluations = [r for r in records if "eval/loss" in r]
     clocks = read_records(run_dir / "timings.jsonl")
     seconds, waited = ([r[name] for r in clocks] for name in ("seconds", "data_wait"))
-    full = client_traffic(federation, config.lora.r)
+    full = traffic(federation.spec, config.lora.r, head_values(federation))
     tiers = []
     ks, counts = np.unique(federation.task.population.ranks, return_counts=True)
     for k, clients in zip(ks.tolist(), counts.tolist(), strict=True):
