@@ -95,8 +95,8 @@ def played(name: str, mesh_name: str) -> Rounds:
     losses = []
     for t in range(2):
         cohort = cohort_of(t, mesh)
-        server, by_slot = program(base, server, keys, cohort)
-        losses.append(by_client(cohort, by_slot))
+        server, played = program(base, server, keys, cohort)
+        losses.append(by_client(cohort, played.losses))
     return Rounds(
         server, losses, collectives(program.as_text(), dict(zip(AXES, MESHES[mesh_name], strict=True)))
     )
