@@ -1,4 +1,4 @@
-"""The command line: ``fslora train | describe | eval | export | plan | methods | bench``."""
+"""The command line: ``fslora train | study | describe | eval | export | plan | methods | bench``."""
 
 import dataclasses
 import json
@@ -27,6 +27,7 @@ from fslora_jax.plan.command import plan_command
 from fslora_jax.processes import join, leads
 from fslora_jax.rundir import CONFIG, load_run_config
 from fslora_jax.settings import checked
+from fslora_jax.study.command import study_command
 
 USAGE = """\
 usage: fslora COMMAND ...
@@ -36,6 +37,7 @@ federated round is one compiled program.
 
 commands:
   train CONFIG.yaml   train, or go on with a run folder that exists; any setting can be overridden
+  study STUDY.yaml    a grid of runs, resumable, with tables over repetitions
   describe MODEL      what a model, its adapter and a cohort cost: sizes, bytes sent, memory; reads no weights
   eval FOLDER         evaluate a run folder or a PEFT adapter
   export RUN          write a PEFT adapter: the global one, one client's at its own rank, or all clients';
@@ -158,6 +160,7 @@ def export_command(argv: Sequence[str]) -> None:
 
 COMMANDS = {
     "train": train_command,
+    "study": study_command,
     "describe": describe_command,
     "eval": eval_command,
     "export": export_command,

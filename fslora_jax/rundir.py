@@ -23,6 +23,10 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(fresh, path)
 
 
+class InUse(UserError):
+    """Another process is working in a run folder."""
+
+
 @contextmanager
 def open_run(run_dir: Path, config: Config) -> Iterator[None]:
     """Holds a run folder for this process: a new one, or one of the same config to go on with.
@@ -40,7 +44,7 @@ def open_run(run_dir: Path, config: Config) -> Iterator[None]:
         lock = FileLock(run_dir / ".lock", timeout=0)
         lock.acquire()
     except Timeout:
-        raise UserError(
+        raise InUse(
             f"{run_dir}: another process is working in it; wait for it or choose another --run-dir"
         ) from None
     except OSError as error:

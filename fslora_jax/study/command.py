@@ -1,0 +1,137 @@
+"""``fslora study``: plans, runs and tabulates."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import tyro
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from fslora_jax.arguments import parse
+from fslora_jax.display import TerminalDisplay
+from fslora_jax.errors import UserError
+from fslora_jax.metrics import headline
+from fslora_jax.study.points import Point, load_study
+from fslora_jax.study.run import is_done, run_points
+from fslora_jax.study.table import axes_of, collect, curves, over_repetitions, write_plan, write_tables
+
+
+@dataclasses.dataclass
+class RunStudy:
+    """Run all points of a study, or go on with one; each is a run folder of its own below --out.
+
+    A point that is finished is not run again, and one that was interrupted goes on from its last checkpoint. Several
+    processes may work on one study: each takes what no other has begun, or its part by --part.
+    """
+
+    study: tyro.conf.Positional[Path]
+    """YAML study: a base config, and grids over its settings."""
+    out: Path
+    """The study's folder."""
+    set: tuple[str, ...] = ()
+    """NAME=VALUE over all settings; the value may name axes, as in data.name=glue/{task}."""
+    grids: tuple[str, ...] = ()
+    """Only these grids."""
+    part: tuple[int, int] | None = None
+    """I N: this process is the I-th of N, from 0, as of a SLURM array; by default it takes all points."""
+    plan: bool = False
+    """Only show what would be run."""
+
+
+def study_command(argv: Sequence[str]) -> None:
+    """Plans, runs and prints the table."""
+    args = parse(RunStudy, "fslora study", RunStudy.__doc__ or "", argv)
+    study, points = load_study(args.study, dict(map(read_change, args.set)))
+    if unknown := set(args.grids) - set(study.grids):
+        raise UserError(f"--grids: unknown {sorted(unknown)}; expected some of {list(study.grids)}")
+    points = [point for point in points if not args.grids or point.grid in args.grids]
+    console = Console(stderr=True)
+    console.print(plan_table(args.out, points))
+    if args.plan:
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_plan(args.out, study.model_dump(mode="json"), points)
+    failures = run_points(
+        args.out,
+        part_of(points, args.part),
+        lambda text: console.print(text, markup=False),
+        lambda: TerminalDisplay(console),
+    )
+    show(args.out, points, study.repeat)
+    if failures:
+        name, reason = next(iter(failures.items()))
+        raise UserError(f"{len(failures)} of {len(points)} points failed; {name}: {reason}")
+
+
+def read_change(text: str) -> tuple[str, object]:
+    """``NAME=VALUE`` as a setting, the value as YAML.
+
+    >>> read_change("federation.num_rounds=3")
+    ('federation.num_rounds', 3)
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UserError(f"--set: found {text!r}, expected NAME=VALUE, such as federation.num_rounds=3")
+    braces = "{" in value  # names of axes, not a YAML mapping
+    return name, value if braces else yaml.safe_load(value)
+
+
+def part_of(points: Sequence[Point], part: tuple[int, int] | None) -> list[Point]:
+    """Every N-th point, or all."""
+    if part is None:
+        return list(points)
+    index, count = part
+    if not 0 <= index < count:
+        raise UserError(f"--part: found {index} {count}, expected I N with 0 <= I < N")
+    return list(points[index::count])
+
+
+def plan_table(out: Path, points: Sequence[Point]) -> Table:
+    """What there is to do: runs and rounds of each grid, and how long by those that are done."""
+    table = Table(
+        "grid", "points", "done", "rounds to do", "hours, by those done", title="plan", title_justify="left"
+    )
+    done = collect(out, points)
+    for grid in dict.fromkeys(point.grid for point in points):
+        mine = [point for point in points if point.grid == grid]
+        left = [point for point in mine if not is_done(out, point)]
+        rounds = sum(point.config.federation.num_rounds for point in left)
+        known = done[done["grid"] == grid] if len(done) else done
+        rate = known["seconds"].sum() / known["rounds"].sum() if len(known) else None
+        hours = "?" if rate is None else f"{rounds * rate / 3600:.1f}"
+        table.add_row(grid, str(len(mine)), str(len(mine) - len(left)), str(rounds), hours)
+    return table
+
+
+def show(out: Path, points: Sequence[Point], repeat: str) -> None:
+    """Writes the tables, and prints the means of the main metric with their intervals."""
+    table = collect(out, points)
+    if not len(table):
+        return
+    axes = axes_of(points)
+    means = over_repetitions(table, axes, repeat)
+    write_tables(out, table, means, curves(out, points))
+    Console().print(means_table(means, [axis for axis in axes if axis != repeat]))
+
+
+def means_table(means: pd.DataFrame, axes: Sequence[str]) -> Table:
+    """A row for each place on the axes."""
+    kept = ["grid", *(axis for axis in axes if axis in means)]
+    measured = [name.removesuffix(".ci") for name in means.columns if name.endswith(".ci")]
+    metric = headline([{f"eval/{name}": 0.0 for name in measured}]).removeprefix("eval/")
+    shown = Table(title=f"mean {metric}, with 95 % intervals", title_justify="left")
+    for name in (*kept, "n", metric, "loss", "up MB", "seconds"):
+        shown.add_column(name.rpartition(".")[2], justify="left" if name in kept else "right")
+    for row in means.to_dict("records"):
+        places = ["" if pd.isna(row[name]) else str(row[name]) for name in kept]
+        values = [f"{row[name]:.4f}{_half(row, name)}" if name in row else "" for name in (metric, "loss")]
+        shown.add_row(*places, str(row["n"]), *values, f"{row['up_MB']:.1f}", f"{row['seconds']:.0f}")
+    return shown
+
+
+def _half(row: dict, name: str) -> str:
+    half = row.get(f"{name}.ci")
+    return "" if half is None or pd.isna(half) else f" ± {half:.4f}"

@@ -1,0 +1,97 @@
+"""What a study found, as tidy tables: a row for each run, and means with intervals over repetitions."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from scipy import stats
+
+from fslora_jax.log import read_records
+from fslora_jax.rundir import METRICS, read_summary
+from fslora_jax.study.points import Point
+
+LEVEL = 0.95
+"""Of all intervals."""
+
+
+def collect(out: Path, points: Sequence[Point]) -> pd.DataFrame:
+    """A row for each finished point: grid, axes, what was measured in the end, bytes and seconds."""
+    rows = [_row(out, point, summary) for point in points if (summary := read_summary(out / point.name))]
+    return pd.DataFrame(rows)
+
+
+def _row(out: Path, point: Point, summary: dict[str, Any]) -> dict[str, Any]:
+    clocks = read_records(out / point.name / "timings.jsonl")
+    measured = {name.removeprefix("eval/"): value for name, value in summary["after"].items()}
+    return (
+        {"grid": point.grid}
+        | point.labels
+        | measured
+        | {f"before/{name.removeprefix('eval/')}": value for name, value in summary["before"].items()}
+        | {
+            "rounds": summary["rounds"],
+            "up_MB": summary["up_bytes"] / 1e6,
+            "down_MB": summary["down_bytes"] / 1e6,
+            "seconds": sum(clock["seconds"] for clock in clocks),
+            "compile_seconds": summary["compile_seconds"],
+        }
+    )
+
+
+def curves(out: Path, points: Sequence[Point]) -> pd.DataFrame:
+    """A row for each evaluation of each point, also of those that are not finished."""
+    return pd.DataFrame(
+        {"grid": point.grid} | point.labels | record
+        for point in points
+        for record in read_records(out / point.name / METRICS)
+        if any(name.startswith("eval/") for name in record)
+    )
+
+
+def interval(values: Sequence[float] | Float[np.ndarray, " n"]) -> tuple[float, float, float]:
+    """Mean, standard deviation and half the width of the 95 % interval of the mean (Student's t); NaN of one value.
+
+    >>> [round(x, 3) for x in interval([1.0, 2.0, 3.0])]
+    [2.0, 1.0, 2.484]
+    """
+    x, n = np.asarray(values, float), len(values)
+    deviation = float(x.std(ddof=1)) if n > 1 else float("nan")
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1)) * deviation / np.sqrt(n) if n > 1 else float("nan")
+    return float(x.mean()), deviation, half
+
+
+def over_repetitions(table: pd.DataFrame, axes: Sequence[str], repeat: str) -> pd.DataFrame:
+    """Means over the axis ``repeat``, with ``.sd``, ``.ci`` (half a 95 % interval) of each measure, and ``n``."""
+    kept = [axis for axis in ("grid", *axes) if axis != repeat and axis in table]
+    measures = [name for name in table.columns if name not in (*kept, repeat)]
+    rows = []
+    for _, group in table.groupby(kept, sort=False, dropna=False):
+        row: dict[str, Any] = {name: group[name].iloc[0] for name in kept} | {"n": len(group)}
+        for name in measures:
+            values = group[name].dropna().to_numpy(float)
+            if len(values):
+                row[name], row[f"{name}.sd"], row[f"{name}.ci"] = interval(values)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def write_tables(out: Path, table: pd.DataFrame, means: pd.DataFrame, drawn: pd.DataFrame) -> None:
+    """``results``, ``means`` and ``curves`` as CSV and Parquet."""
+    for name, frame in (("results", table), ("means", means), ("curves", drawn)):
+        frame.to_csv(out / f"{name}.csv", index=False)
+        frame.to_parquet(out / f"{name}.parquet", index=False)
+
+
+def axes_of(points: Sequence[Point]) -> list[str]:
+    """All axes in the order in which grids name them."""
+    return list(dict.fromkeys(axis for point in points for axis in point.labels))
+
+
+def write_plan(out: Path, study: dict[str, Any], points: Sequence[Point]) -> None:
+    """What the folder is a study of."""
+    content = {"study": study, "points": [{"name": p.name, "grid": p.grid, **p.labels} for p in points]}
+    (out / "study.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,190 @@
+"""Studies: the points of grids, runs that are not done twice, tables over repetitions, mistakes in one line."""
+
+import json
+import threading
+
+import numpy as np
+import pandas as pd
+import pytest
+import runs
+import yaml
+from scipy import stats
+
+from fslora_jax.errors import UserError
+from fslora_jax.federation import loop
+from fslora_jax.rundir import open_run
+from fslora_jax.study.points import load_study
+from fslora_jax.study.table import interval, over_repetitions
+
+GRIDS = {
+    "ratios": {
+        "set": {"federation.num_rounds": 1},
+        "over": {"federation.sketching_ratios": [[0.25], [1.0]], "seed": [0, 1]},
+    },
+    "longer": {"over": {"rounds": {"two": {"federation.num_rounds": 2, "evaluate_every": 1}}}},
+}
+
+
+@pytest.fixture(scope="module")
+def study(world, tmp_path_factory):
+    """A study's file, beside its base config."""
+    folder = tmp_path_factory.mktemp("study")
+    runs.write_config(folder / "base.yaml", world)
+    return write(folder / "study.yaml", grids=GRIDS)
+
+
+def write(path, **values):
+    path.write_text(yaml.safe_dump({"config": "base.yaml"} | values, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def mistake(world, capsys, *argv: object) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        runs.call(world, "study", *argv)
+    assert stopped.value.code == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fslora: error: ")]
+    assert len(said) == 1
+    return said[0]
+
+
+def test_points_are_all_combinations_in_order(study):
+    _, points = load_study(study, {})
+    assert [p.name for p in points] == [
+        "ratios/0.25_0",
+        "ratios/0.25_1",
+        "ratios/1.0_0",
+        "ratios/1.0_1",
+        "longer/two",
+    ]
+    assert points[1].labels == {"federation.sketching_ratios": "0.25", "seed": "1"}
+    assert [(p.config.federation.num_rounds, p.config.seed) for p in points] == [
+        (1, 0),
+        (1, 1),
+        (1, 0),
+        (1, 1),
+        (2, 0),
+    ]
+    assert points[0].config.lora == points[4].config.lora
+
+
+def test_changes_go_over_everything_and_may_name_axes(study):
+    path = write(study.parent / "one.yaml", grids={"longer": GRIDS["longer"]})
+    _, points = load_study(path, {"seed": 7, "data.label_column": "label-{rounds}"})
+    assert (points[0].config.seed, points[0].config.data.label_column) == (7, "label-two")
+
+
+def test_a_study_runs_once_and_goes_on_where_it_was(world, study, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:  # a kill in the middle of the last point
+        write_record = loop.write
+
+        def dies(loggers, record):
+            if record["round"] == 2:
+                raise KeyboardInterrupt
+            write_record(loggers, record)
+
+        patch.setattr(loop, "write", dies)
+        with pytest.raises(SystemExit):
+            runs.call(world, "study", study, "--out", out)
+    assert not (out / "results.csv").exists()
+    finished = {path.parent: path.stat().st_mtime_ns for path in out.glob("*/*/summary.json")}
+    assert len(finished) == 4
+    runs.call(world, "study", study, "--out", out)
+    assert {folder: (folder / "summary.json").stat().st_mtime_ns for folder in finished} == finished
+    table = pd.read_csv(out / "results.csv")
+    measured = ["accuracy", "loss", "up_MB", "seconds"]
+    pd.testing.assert_frame_equal(table[measured], pd.read_parquet(out / "results.parquet")[measured])
+    assert table["grid"].tolist() == ["ratios"] * 4 + ["longer"]
+    for row, folder in zip(table.to_dict("records"), ["ratios/0.25_0", "ratios/0.25_1"], strict=False):
+        record = runs.records(out / folder)[-1]
+        assert (row["accuracy"], row["loss"]) == (record["eval/accuracy"], record["eval/loss"])
+        assert row["up_MB"] == pytest.approx(record["traffic/up_bytes"] / 1e6)
+    means = pd.read_csv(out / "means.csv")
+    of_first = table["loss"][:2]
+    assert means["n"].tolist() == [2, 2, 1]
+    assert means["loss"][0] == pytest.approx(of_first.mean())
+    assert means["loss.sd"][0] == pytest.approx(of_first.std())
+    assert len(pd.read_csv(out / "curves.csv")) == 4 * 2 + 3
+    assert json.loads((out / "study.json").read_text())["study"]["repeat"] == "seed"
+
+
+def test_parts_and_grids_divide_the_points(world, study, tmp_path, capsys):
+    runs.call(world, "study", study, "--out", tmp_path, "--grids", "ratios", "--part", 1, 4)
+    assert [path.parent.name for path in tmp_path.glob("*/*/summary.json")] == ["0.25_1"]
+    assert "found 4 4" in mistake(world, capsys, study, "--out", tmp_path, "--part", 4, 4)
+    assert "unknown ['rates']" in mistake(world, capsys, study, "--out", tmp_path, "--grids", "rates")
+
+
+def test_a_point_that_another_process_works_on_is_passed_over(world, study, tmp_path, capsys):
+    """Held by another thread here, whose lock is as foreign as another process's."""
+    _, points = load_study(study, {})
+    held, over = threading.Event(), threading.Event()
+
+    def hold():
+        with open_run(tmp_path / points[-1].name, points[-1].config):
+            held.set()
+            over.wait(60)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait(60)
+    try:
+        runs.call(world, "study", study, "--out", tmp_path, "--grids", "longer")
+    finally:
+        over.set()
+        other.join()
+    assert "another process is at it" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/*/summary.json"))
+
+
+def test_a_point_that_fails_stops_no_other_and_is_named(world, study, tmp_path, capsys):
+    broken = {"lora.target_modules": {"broken": {"lora.target_modules": ["nothing"]}, "whole": {}}}
+    path = write(
+        study.parent / "fails.yaml", grids={"g": {"set": {"federation.num_rounds": 1}, "over": broken}}
+    )
+    assert "1 of 2 points failed; g/broken: lora.target_modules" in mistake(
+        world, capsys, path, "--out", tmp_path
+    )
+    assert (tmp_path / "g/whole/summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("grids", "words"),
+    [
+        ({}, "grids: found none"),
+        ({"g": {"over": {"seed": []}}}, "grids.g.over.seed has no values"),
+        ({"g": {"over": {"federation.num_round": [1]}}}, "did you mean federation.num_rounds?"),
+        ({"g": {"over": {"seed.x": [1]}}}, "seed is a value, expected a section"),
+        ({"g": {"over": {"seed": [1, 1]}}}, "two points are named g/1"),
+        ({"g": {"over": {"x": {"a": {}, "b": {}}}}}, "g/a and g/b have the same settings"),
+        ({"g": {"overs": {}}}, "unknown setting grids.g.overs"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_a_study_are_one_line(study, grids, words):
+    path = write(study.parent / "wrong.yaml", grids=grids)
+    with pytest.raises(UserError) as caught:
+        load_study(path, {})
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_intervals_cover_the_mean_at_their_rate():
+    rng = np.random.default_rng(0)
+    found = [interval(rng.normal(3.0, 2.0, 4)) for _ in range(2000)]
+    covered = np.mean([abs(mean - 3.0) <= half for mean, _, half in found])
+    assert abs(covered - 0.95) < 0.015
+    mean, deviation, half = interval([0.1, 0.4, 0.3])
+    assert (mean, deviation) == pytest.approx((0.8 / 3, np.std([0.1, 0.4, 0.3], ddof=1)))
+    low, high = stats.t.interval(0.95, 2, mean, deviation / np.sqrt(3))
+    assert half == pytest.approx((high - low) / 2)
+
+
+def test_means_leave_out_what_was_not_measured():
+    table = pd.DataFrame(
+        {"grid": "g", "task": ["a", "a", "b"], "seed": ["0", "1", "0"], "f1": [1.0, 3.0, None]}
+    )
+    means = over_repetitions(table, ["task", "seed"], "seed")
+    assert means["f1"].tolist()[:1] == [2.0]
+    assert np.isnan(means["f1"][1])
+    assert means["n"].tolist() == [2, 1]
