@@ -10,6 +10,7 @@ from fslora_jax.data.chat import chat_prompts
 from fslora_jax.data.examples import Columns, Examples, join, labelled, measured, prompted, split_examples
 from fslora_jax.data.held_out import HeldOut, each_option, hold_out
 from fslora_jax.data.records import Table, read_file, read_hub
+from fslora_jax.data.stored import stored
 from fslora_jax.data.tasks import TASKS, TaskType
 from fslora_jax.data.tokens import TokenStore, encode, encode_prompts, end_token, load_tokenizer
 from fslora_jax.errors import UserError
@@ -134,17 +135,25 @@ def tokenise(folder: Path, model: Model, examples: Examples, data: DataConfig) -
             f"{model.max_length} tokens; choose at most that many"
         )
     task, tokenizer = TASKS[data.task], load_tokenizer(folder)
-    if task.kind != "causal":
-        return encode(tokenizer, examples.texts, data.max_length, model.vocab_size)
-    prompts, completions = examples.texts
-    return encode_prompts(
-        tokenizer,
-        (prompts, completions),
-        data.max_length,
-        model.vocab_size,
-        end=end_token(folder, tokenizer) if task.render else None,
-        learn_all=data.learn == "all",
-    )
+    causal, end = task.kind == "causal", None
+    if causal and task.render:
+        end = end_token(folder, tokenizer)
+
+    def make() -> TokenStore:
+        if not causal:
+            return encode(tokenizer, examples.texts, data.max_length, model.vocab_size)
+        prompts, completions = examples.texts
+        return encode_prompts(
+            tokenizer,
+            (prompts, completions),
+            data.max_length,
+            model.vocab_size,
+            end=end,
+            learn_all=data.learn == "all",
+        )
+
+    settings = tokenizer.to_str(), data.max_length, model.vocab_size, causal, end, data.learn
+    return stored(examples.texts, settings, make)
 
 
 def tokenise_held_out(folder: Path, model: Model, test: Examples, data: DataConfig) -> HeldOut:
