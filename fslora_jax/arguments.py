@@ -25,13 +25,20 @@ def read_mapping(args: Sequence[str]) -> Any:
         raise ValueError(f"{args[0]} is no YAML") from error
 
 
+def plain(value: Any) -> Any:
+    """A mapping with the sections in it as mappings."""
+    if isinstance(value, BaseModel):
+        return value.model_dump()
+    return {name: plain(inner) for name, inner in value.items()} if isinstance(value, dict) else value
+
+
 # tyro itself would take a mapping's present keys for all there are.
 MAPPING = tyro.constructors.PrimitiveConstructorSpec(
     nargs=1,
     metavar="YAML",
     instance_from_str=read_mapping,
     is_instance=lambda value: isinstance(value, dict),
-    str_from_instance=lambda value: [yaml.safe_dump(value, default_flow_style=True).strip()],
+    str_from_instance=lambda value: [yaml.safe_dump(plain(value), default_flow_style=True).strip()],
 )
 
 

@@ -7,6 +7,7 @@ import optax
 import yaml
 from pydantic import Field, model_validator
 
+from fslora_jax.clients_config import DeviceConfig, PartitionConfig, check_asked, check_devices, check_ranks
 from fslora_jax.errors import UserError
 from fslora_jax.settings import Count, Fraction, NonNegative, Positive, Ratio, Section, checked
 
@@ -104,23 +105,6 @@ class DataConfig(Section):
     """Several short examples in one row (exact, and much faster), or one padded example a row."""
 
 
-class PartitionConfig(Section):
-    """Who holds which examples."""
-
-    name: Literal["iid", "dirichlet", "shards", "quantity", "natural"] = "dirichlet"
-    """`dirichlet` draws each label's shares over the clients from Dirichlet(dirichlet_alpha); `shards` deals
-    pieces of the data sorted by label; `quantity` skews the sizes alone; `natural` has a client for each value of
-    data.client_column."""
-    by: Literal["label", "task"] = "label"
-    """What `dirichlet` and `shards` divide: labels, or the tasks of data.parts."""
-    dirichlet_alpha: Positive = 0.1
-    """Of `dirichlet` and `quantity`; small values skew strongly."""
-    shards_per_client: Count = 2
-    """Of `shards`."""
-    min_examples: Annotated[int, Field(ge=0)] = 1
-    """No client holds fewer examples."""
-
-
 class FederationConfig(Section):
     """Method, clients and rounds."""
 
@@ -148,11 +132,18 @@ class FederationConfig(Section):
     """Examples of a local step."""
     sketching_ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)] = (0.125, 0.25, 0.5, 0.75)
     """k / r, dealt to the clients in turn: client i gets the i-th, cyclically."""
-    ranks: Literal["turn", "random", "uniform", "normal", "heavy_tail"] = "turn"
-    """How clients get their k: the sketching_ratios in turn or drawn at random, or k from a distribution on
-    rank_range (`heavy_tail` has many small ones)."""
+    ranks: Literal["turn", "random", "uniform", "normal", "heavy_tail", "device"] = "turn"
+    """How clients get their k: the sketching_ratios in turn or drawn at random, k from a distribution on
+    rank_range (`heavy_tail` has many small ones), or the largest that the client's device can hold and train."""
     rank_range: tuple[Count, Count] = (1, 32)
     """Least and largest k of `uniform`, `normal` and `heavy_tail`."""
+    devices: dict[str, DeviceConfig] = {}
+    """Kinds of client devices by name, each with memory_gb, gflops, down_mbps, up_mbps and share. They give the run a
+    simulated clock: a client computes by its operations, sends by its bytes, and the last report ends the round."""
+    round_deadline: Positive | None = None
+    """Simulated seconds in which ranks `device` lets a client finish a round, with a smaller k if need be."""
+    clients_asked: Count | None = None
+    """Over-selection: so many clients are sampled, and the first clients_per_round to report count."""
     share_sketch: bool = False
     """One draw for all adapted modules of a client, instead of one for each."""
     client_weights: Literal["uniform", "examples"] = "uniform"
@@ -271,23 +262,14 @@ class Config(Section):
             raise ValueError(
                 f"federation.only_client: found {f.only_client}, expected one of 0 to {f.num_clients - 1}"
             )
+        check_devices(f.devices, f.ranks, f.round_deadline)
+        check_asked(f.clients_asked, f.clients_per_round, self.population, f.devices)
         if f.min_local_steps is not None and f.min_local_steps > f.local_steps:
             raise ValueError(
                 f"federation.min_local_steps: found {f.min_local_steps}, expected at most "
                 f"federation.local_steps = {f.local_steps}"
             )
-        if not f.rank_range[0] <= f.rank_range[1]:
-            raise ValueError(f"federation.rank_range: found {list(f.rank_range)}, expected [least, largest]")
-        if f.ranks in ("uniform", "normal", "heavy_tail") and f.rank_range[1] > r:
-            raise ValueError(
-                f"federation.rank_range: k up to {f.rank_range[1]}, but lora.r is {r}; lower it or raise lora.r"
-            )
-        for ratio in f.sketching_ratios:
-            if round(ratio * r) < 1:
-                raise ValueError(
-                    f"federation.sketching_ratios: {ratio} of rank {r} rounds to k = 0, expected k >= 1; "
-                    f"use a ratio of at least {1 / r:.4g} or a larger lora.r"
-                )
+        check_ranks(f.ranks, f.rank_range, f.sketching_ratios, r)
         if self.data.row_length is not None and self.data.row_length < self.data.max_length:
             raise ValueError(
                 f"data.row_length: found {self.data.row_length}, expected at least data.max_length = "
@@ -302,8 +284,9 @@ class Config(Section):
 
     @property
     def clients_per_round(self) -> int:
-        """Size of the cohort."""
-        return min(self.federation.clients_per_round or self.population, self.population)
+        """Size of the cohort: those that are asked."""
+        f = self.federation
+        return min(f.clients_asked or f.clients_per_round or self.population, self.population)
 
 
 def make_config(values: Any, source: str) -> Config:

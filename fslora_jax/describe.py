@@ -24,8 +24,6 @@ from fslora_jax.settings import checked
 from fslora_jax.tensors import read_object
 
 STATES = {"sgd": 0, "momentum": 1, "adamw": 2}
-HEADS = ("num_attention_heads", "n_heads")
-"""What ``config.json`` calls the number of attention heads."""
 
 
 @dataclasses.dataclass
@@ -143,20 +141,18 @@ def describe(config: Mapping[str, Any], args: Describe) -> dict[str, Any]:
         ],
         "mesh": {"clients": args.devices, "fsdp": args.fsdp, "tensor": args.tensor},
         "cohort": args.clients,
-        "memory": cohort_memory(config, model, spec, ks, args),
+        "memory": cohort_memory(model, spec, ks, args),
     }
 
 
-def cohort_memory(
-    config: Mapping[str, Any], model: Model, spec: Spec, ks: Sequence[int], args: Describe
-) -> dict[str, int]:
+def cohort_memory(model: Model, spec: Spec, ks: Sequence[int], args: Describe) -> dict[str, int]:
     """Bytes on the device with the largest clients."""
     plan = memory.Plan(
         ranks=[ks[i % len(ks)] for i in range(args.clients)],
         batch_size=args.batch_size,
         seq_length=args.seq_length,
         states=STATES[args.optimizer],
-        heads=next(config[name] for name in HEADS if name in config),
+        heads=model.heads,
         act_bytes=jax.numpy.dtype(args.dtype).itemsize,
         clients=args.devices,
         fsdp=args.fsdp,

@@ -43,7 +43,7 @@ def partition_figure(
 
 
 def run_figures(records: Sequence[Mapping[str, float]], folder: Path) -> None:
-    """Draw the main metric (such as ``accuracy.png``), ``loss.png`` and ``traffic.png`` of a run's metrics."""
+    """Draw a run's main metric (such as ``accuracy.png``), ``loss.png``, ``traffic.png``; of a clock, ``clock.png``."""
     folder.mkdir(parents=True, exist_ok=True)
     trained = [r for r in records if "train/loss" in r]
     metric = headline(records)
@@ -66,6 +66,13 @@ def run_figures(records: Sequence[Mapping[str, float]], folder: Path) -> None:
     )
     axes.legend(frameon=False)
     _save(figure, folder / "loss.png")
+
+    if any("clock/simulated_seconds" in r for r in evaluated):
+        figure, axes = _axes("simulated seconds", f"{name} on held-out examples")
+        axes.plot(
+            column(evaluated, "clock/simulated_seconds"), column(evaluated, metric), "o-", color=OKABE_ITO[4]
+        )
+        _save(figure, folder / "clock.png")
 
     figure, axes = _axes("sent so far (MB, all clients)", f"{name} on held-out examples")
     for way, colour in (("up", OKABE_ITO[2]), ("down", OKABE_ITO[3])):

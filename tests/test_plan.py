@@ -104,7 +104,8 @@ def model_of(config, **options):
 
 
 def traced(config):
-    model, layout = model_of(config), layout_of(config, config.federation.cohort_chunks)
+    model = model_of(config)
+    layout = layout_of(config, model, config.federation.cohort_chunks)
     arguments = abstract_arguments(config, model, BatchShape(3, 12, 0), layout)
     return jax.jit(round_of(config, model, layout, None)).trace(*arguments)
 
@@ -112,7 +113,8 @@ def traced(config):
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_the_round_lowers_for_other_platforms(platform):
     config = tiny()
-    model, layout = model_of(config), layout_of(config, 1)
+    model = model_of(config)
+    layout = layout_of(config, model, 1)
     arguments = abstract_arguments(config, model, BatchShape(3, 12, 0), layout)
     exported = jax.export.export(jax.jit(round_of(config, model, layout, None)), platforms=[platform])(
         *arguments

@@ -14,6 +14,7 @@ from fslora_jax.data.batches import FILLER, BatchShape, make_batch, shape_for, s
 from fslora_jax.data.partition import Partition
 from fslora_jax.data.tokens import TokenStore
 from fslora_jax.federation.cohort import EMPTY, Layout, place, steps_done
+from fslora_jax.federation.resources import Clock
 from fslora_jax.federation.round import Cohort
 from fslora_jax.methods import Client
 from fslora_jax.sharding import FSDP, groups_here, over_clients
@@ -25,19 +26,24 @@ Ids = Int[np.ndarray, " cohort"]
 
 
 class Population(NamedTuple):
-    """All clients: the tokenised examples, who holds which, each one's rank and share of the average."""
+    """All clients: the tokenised examples, who holds which, each one's rank and share of the average.
+
+    ``clock`` is there where the config says what devices they have.
+    """
 
     store: TokenStore
     labels: Int[np.ndarray, " n"]
     examples: Partition
     ranks: Int[np.ndarray, " clients"]
     shares: np.ndarray
+    clock: Clock | None = None
 
 
 class Steps(NamedTuple):
     """Local training: seed of the batches, local steps, examples a step, tokens a row, packing.
 
     A client does at least ``min_local_steps`` (by default all) unless it fails, with probability ``failure_rate``.
+    The first ``wanted`` reports by the simulated clock count, by default all.
     """
 
     seed: int
@@ -47,6 +53,7 @@ class Steps(NamedTuple):
     packing: bool
     min_local_steps: int | None = None
     failure_rate: float = 0.0
+    wanted: int | None = None
 
     def done(self, num_clients: int, round: int) -> Int[np.ndarray, " clients"]:
         """The steps that each client of the population would do in a round."""
@@ -61,8 +68,18 @@ class Steps(NamedTuple):
 
 
 def counted_steps(population: Population, steps: Steps, ids: Ids, round: int) -> Int[np.ndarray, " cohort"]:
-    """The steps of each client of a cohort that reach the server, 0 for one that fails."""
-    return steps.done(len(population.ranks), round)[ids]
+    """The steps of each client of a cohort that reach the server: 0 for one that fails, or reports too late."""
+    done = steps.done(len(population.ranks), round)[ids]
+    if population.clock is not None and steps.wanted is not None:
+        seconds = np.where(done > 0, population.clock.seconds(ids, done), np.inf)
+        done[np.argsort(seconds, kind="stable")[steps.wanted :]] = 0
+    return done
+
+
+def round_seconds(population: Population, steps: Steps, ids: Ids, round: int) -> float:
+    """Simulated seconds of a round: those of the last client whose report counts."""
+    done = counted_steps(population, steps, ids, round)
+    return float(population.clock.seconds(ids, done)[done > 0].max(initial=0.0)) if population.clock else 0.0
 
 
 def local_examples(

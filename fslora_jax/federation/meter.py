@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from fslora_jax.data.batches import fill
 from fslora_jax.errors import UserError
 from fslora_jax.federation.cohort import EMPTY
+from fslora_jax.federation.feed import round_seconds
 from fslora_jax.federation.round import Cohort
 from fslora_jax.federation.setup import Federation
 from fslora_jax.methods import Client, Traffic
@@ -22,11 +23,12 @@ from fslora_jax.random import Purpose, device_key
 class Meter:
     """Loss and traffic of a round; refuses a loss that is not finite.
 
-    ``last`` is the record of the round before, from which bytes go on counting.
+    ``last`` is the record of the round before, from which bytes and simulated seconds go on counting.
     """
 
     def __init__(self, federation: Federation, last: dict[str, Any]):
         self._method, self._head = federation.method, head_values(federation)
+        self._federation, self._seconds = federation, last.get("clock/simulated_seconds", 0.0)
         self._down, self._up = last.get("traffic/down_bytes", 0), last.get("traffic/up_bytes", 0)
 
     def _count(self, t: int, clients: Client) -> None:
@@ -34,6 +36,14 @@ class Meter:
         down, up = self._method.traffic(t, clients, self._head)
         self._down += int(np.sum(down))
         self._up += int(np.sum(up * (clients.weight > 0)))
+
+    def _clock(self, t: int) -> dict[str, float]:
+        """Simulated seconds of all rounds so far, where the clients have devices."""
+        population = self._federation.task.population
+        if population.clock is None:
+            return {}
+        self._seconds += round_seconds(population, self._federation.steps, self._federation.cohort(t), t)
+        return {"clock/simulated_seconds": self._seconds}
 
     def measure(self, t: int, cohort: Cohort, losses: jax.Array) -> dict[str, Any]:
         """Mean training loss of the round, and the bytes of all rounds so far.
@@ -53,7 +63,7 @@ class Meter:
                 "the last checkpoint is kept"
             )
         self._count(t, jax.tree.map(lambda x: x[ids != EMPTY], clients))
-        return {
+        return self._clock(t) | {
             "train/loss": mean_loss(by_step, done),
             "clients/reported": int(done.any(1).sum()),
             "traffic/down_bytes": self._down,

@@ -34,7 +34,7 @@ from fslora_jax.federation.feed import (
 from fslora_jax.federation.local import ClientOptimizer
 from fslora_jax.federation.memories import Memories
 from fslora_jax.federation.method import is_tiered, make_method
-from fslora_jax.federation.resources import client_ranks
+from fslora_jax.federation.resources import Clock, resources
 from fslora_jax.federation.start import start_server, starting_point
 from fslora_jax.methods import Method, Server, Spec, whole
 from fslora_jax.models import Model, load_model, shifted
@@ -89,17 +89,22 @@ def load_task(config: Config, mesh: Mesh | None) -> Task:
         quantization=config.model.quantization,
         placement=None if mesh is None else partial(base_sharding, mesh),
     )
-    partition, ranks = divide(config, train), client_ranks(config)
+    store = tokenise(folder, model, train, config.data)
+    lengths = store.lengths.astype(float)
+    partition = divide(config, train)
+    ranks, clock = resources(config, model, lengths.mean(), np.square(lengths).mean())
     if (only := config.federation.only_client) is not None:
         partition, ranks = Partition.of([partition[only]]), ranks[only : only + 1]
+        clock = clock and Clock(*(times[only : only + 1] for times in clock))
     sizes = partition.sizes.astype(float)
     weighted = config.federation.client_weights == "examples"
     population = Population(
-        store=tokenise(folder, model, train, config.data),
+        store=store,
         labels=train.labels,
         examples=partition,
         ranks=ranks,
         shares=sizes if weighted else np.ones_like(sizes),
+        clock=clock,
     )
     held = tokenise_held_out(folder, model, test, config.data)
     metrics, marks = TASKS[config.data.task].metrics, marks_of(config, train)
@@ -206,6 +211,7 @@ def set_up(config: Config) -> Federation:
         packing=config.data.packing,
         min_local_steps=f.min_local_steps,
         failure_rate=f.failure_rate,
+        wanted=f.clients_per_round if f.clients_asked else None,
     )
     planned = planned_rounds(steps, f.num_rounds, config.clients_per_round)
     if not steps.row_length:

@@ -17,6 +17,9 @@ from fslora_jax.models.stack import REMAT
 FAMILIES: dict[str, Family] = {**ENCODERS, **DECODERS}
 """``model_type`` of Hugging Face -> what it is here."""
 
+HEADS = ("num_attention_heads", "n_heads")
+"""What ``config.json`` calls the number of attention heads."""
+
 
 def build_model(
     config: Mapping[str, Any],
@@ -57,7 +60,8 @@ def build_model(
     options = Options(task, num_labels, pooling, jnp.dtype(dtype), lora_dropout, attention, remat)
     model = family.build(family, fields, options)
     fields.finish()
-    model = model._replace(model_type=config["model_type"])
+    heads = next((config[name] for name in HEADS if name in config), 1)
+    model = model._replace(model_type=config["model_type"], heads=heads)
     return model if quantization == "none" else quantise(model, quantization)
 
 

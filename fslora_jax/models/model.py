@@ -42,7 +42,7 @@ class Model(NamedTuple):
     - ``init_head(key)``: the head that training starts from.
     - ``modules``: path inside a layer -> size of each linear module that an adapter may name.
     - ``max_length``: the longest example, in tokens.
-    - ``model_type``: ``config.json``'s, set by ``build_model``.
+    - ``model_type`` and ``heads`` (of attention): ``config.json``'s, set by ``build_model``.
     """
 
     apply: Callable[..., Float[Array, "C E labels"]]
@@ -54,3 +54,4 @@ class Model(NamedTuple):
     vocab_size: int
     max_length: int
     model_type: str = ""
+    heads: int = 1

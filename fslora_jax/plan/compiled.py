@@ -14,7 +14,7 @@ from fslora_jax.config import Config
 from fslora_jax.data.batches import BatchShape
 from fslora_jax.federation.cohort import Layout, plan_layout
 from fslora_jax.federation.method import is_tiered, make_method
-from fslora_jax.federation.resources import client_ranks
+from fslora_jax.federation.resources import resources
 from fslora_jax.federation.round import Cohort, base_keys, make_round
 from fslora_jax.federation.setup import cohort_sampler, different_cohorts, make_client_optimizer
 from fslora_jax.methods import Client, Spec
@@ -49,7 +49,7 @@ def compile_round(config: Config, model: Model, shape: BatchShape, devices: Sequ
       UserError: the mesh does not make up the devices, or a weight cannot be split over it.
     """
     mesh = make_mesh(config.mesh.clients, config.mesh.fsdp, config.mesh.tensor, devices)
-    layout = layout_of(config, client_groups(mesh) * config.federation.cohort_chunks)
+    layout = layout_of(config, model, client_groups(mesh) * config.federation.cohort_chunks)
     arguments = placed(abstract_arguments(config, model, shape, layout), mesh, devices)
     started = time.perf_counter()
     traced = jax.jit(round_of(config, model, layout, mesh)).trace(*arguments)
@@ -92,11 +92,13 @@ def out_of_memory(message: str) -> str:
     return (lines or [message.strip()])[0][:200]
 
 
-def layout_of(config: Config, lanes: int) -> Layout:
+def layout_of(config: Config, model: Model, lanes: int) -> Layout:
     """The slots of the config's cohorts."""
     cohorts = map(cohort_sampler(config), range(different_cohorts(config)))
     tiered = is_tiered(config, make_method(config, Spec({}, config.lora.r, 1.0)))
-    return plan_layout(client_ranks(config), cohorts, r=config.lora.r, lanes=lanes, tiered=tiered)
+    longest = config.data.max_length
+    ranks, _ = resources(config, model, longest, longest**2)
+    return plan_layout(ranks, cohorts, r=config.lora.r, lanes=lanes, tiered=tiered)
 
 
 def round_of(config: Config, model: Model, layout: Layout, mesh: Mesh | None) -> Any:
