@@ -24,6 +24,7 @@ from fslora_jax.federation.loop import run
 from fslora_jax.federation.results import evaluate_adapter, evaluate_run
 from fslora_jax.list_methods import methods_command
 from fslora_jax.plan.command import plan_command
+from fslora_jax.preemption import EXIT_CODE, Preempted
 from fslora_jax.processes import join, leads
 from fslora_jax.rundir import CONFIG, load_run_config
 from fslora_jax.settings import checked
@@ -188,6 +189,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         print(f"fslora: error: {error.filename or 'files'}: {os.strerror(error.errno or 0)}", file=sys.stderr)
         sys.exit(2)
+    except Preempted as stopped:
+        print(f"fslora: {stopped}; the same command goes on", file=sys.stderr)
+        sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
         print("fslora: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

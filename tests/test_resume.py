@@ -188,3 +188,28 @@ def test_a_finished_run_is_not_run_again(world, finished, capsys):
     assert "compiling" not in err
     assert "held-out examples" in out
     assert f"PEFT adapter: {finished / 'adapter'}" in out
+
+
+SHOWING = """
+import os, signal, time
+from fslora_jax.display import TerminalDisplay
+show = TerminalDisplay.round
+def told(self, done, *rest):
+    show(self, done, *rest)
+    if done == {round}:
+        os.kill(os.getpid(), signal.SIGTERM)
+TerminalDisplay.round = told
+"""
+
+
+@pytest.mark.parametrize("round", [1, 3])
+def test_sigterm_saves_the_round_and_exits_to_be_restarted(world, finished, tmp_path, round):
+    """Neither round is due for a checkpoint."""
+    run = tmp_path / "run"
+    stopped = runs.finish(runs.start(world, *arguments(world, run), driver=SHOWING.format(round=round)))
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+    assert f"stopped after round {round} of 4, which is saved" in stopped.stderr
+    assert checkpoints(run)[-1] == str(round)
+    assert "Traceback" not in stopped.stderr
+    runs.call(world, *arguments(world, run))
+    assert runs.results(run) == runs.results(finished)

@@ -29,6 +29,7 @@ from fslora_jax.federation.setup import Federation, global_model, initial_server
 from fslora_jax.log import JsonLines, Logger, open_loggers, read_records
 from fslora_jax.methods import Server, traffic
 from fslora_jax.models import shifted
+from fslora_jax.preemption import Preempted, watching
 from fslora_jax.processes import leader_first, leads
 from fslora_jax.rundir import MEMORIES, open_run, read_summary, write_atomically, write_summary
 from fslora_jax.sharding import replicated
@@ -51,6 +52,7 @@ def run(config: Config, run_dir: Path, display: Display) -> dict[str, Any]:
 
     Raises:
       UserError: bad input, a full disk, a client's loss that is not finite, a run folder of another config.
+      Preempted: SIGTERM came; the rounds so far are saved.
     """
     check_method(config)
     with ExitStack() as stack:
@@ -98,6 +100,7 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
     with ExitStack() as stack:
         for opened in (*loggers, *clocks, checkpoints):
             stack.callback(opened.close)
+        stop_is_due = stack.enter_context(watching())
         ahead = stack.enter_context(ThreadPoolExecutor(1))
         upcoming = ahead.submit(cohort_of, config, federation, done)
         display.stage("compiling the round")
@@ -124,8 +127,11 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
             speed = speed_of(cohort, config.clients_per_round, seconds, started - asked)
             write(clocks, {"round": t + 1, **speed})
             display.round(t + 1, num_rounds, record | speed)
-            if (t + 1) % config.checkpoint_every == 0 or t + 1 == num_rounds:
+            stopping = stop_is_due(t + 1) and t + 1 < num_rounds
+            if stopping or (t + 1) % config.checkpoint_every == 0 or t + 1 == num_rounds:
                 checkpoints.save(t + 1, server, memories)
+            if stopping:
+                raise Preempted(f"{run_dir}: stopped after round {t + 1} of {num_rounds}, which is saved")
     return server, programs.seconds
 
 
