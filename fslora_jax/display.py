@@ -88,6 +88,8 @@ def print_summary(summary: dict[str, Any], run_dir: Path) -> None:
     console.print(
         f"sent in all: {summary['up_bytes'] / MB:.1f} MB up, {summary['down_bytes'] / MB:.1f} MB down\n"
         f"compilation {summary['compile_seconds']:.1f} s, a round {summary['median_round_seconds']:.2f} s (median), "
-        f"of which {summary['data_wait_share']:.1%} waiting for data"
+        f"of which {summary.get('data_wait_share', 0):.1%} waiting for data"
     )
+    if seconds := summary.get("simulated_seconds"):
+        console.print(f"on the clients' simulated devices: {seconds:.1f} s")
     console.print(f"run folder: {run_dir}\nPEFT adapter: {run_dir / summary['adapter']}", soft_wrap=True)

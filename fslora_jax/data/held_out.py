@@ -19,7 +19,8 @@ class HeldOut(NamedTuple):
     """Equally shaped batches on a leading axis; ``slots`` says which row each place of each holds, -1 none.
 
     A row is an example, or one of its options: ``owner`` is the example and ``right`` says that the option is
-    the right one. ``labels`` and ``groups`` (empty where there are none) are the rows'.
+    the right one. ``labels`` and ``groups`` (empty where there are none) are the rows'. ``truncated`` counts the rows
+    that were too long.
     """
 
     batches: Batch
@@ -28,6 +29,7 @@ class HeldOut(NamedTuple):
     right: Bool[np.ndarray, " rows"]
     labels: Real[np.ndarray, " rows"]
     groups: tuple[str, ...]
+    truncated: int = 0
 
 
 def each_option(examples: Examples) -> tuple[Examples, Int[np.ndarray, " rows"], Bool[np.ndarray, " rows"]]:
@@ -60,4 +62,4 @@ def hold_out(
     shape = shape_for(store, slots, row_length, pack)
     batches = [make_batch(store, rows.labels, chosen, shape, pack) for chosen in slots]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
-    return HeldOut(stacked, slots, owner, right, rows.labels, rows.groups)
+    return HeldOut(stacked, slots, owner, right, rows.labels, rows.groups, store.truncated)

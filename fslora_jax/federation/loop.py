@@ -63,6 +63,8 @@ def run(config: Config, run_dir: Path, display: Display) -> dict[str, Any]:
             return finished
         display.stage("loading model and data")
         federation = set_up(config)
+        if cut := told_truncated(config, federation):
+            display.stage(cut)
         leader_first(lambda: draw_partition(federation, run_dir))
         server, compile_seconds = train(config, federation, run_dir, display)
         display.stage("writing adapter and figures")
@@ -224,6 +226,17 @@ def write(loggers: list[Logger], record: dict[str, Any]) -> None:
         logger.write(record)
 
 
+def told_truncated(config: Config, federation: Federation) -> str:
+    """How many texts lose their end, or of a prompt its beginning; nothing where all are whole."""
+    task, longest = federation.task, config.data.max_length
+    store, test = task.population.store, task.test
+    cut = {"training": (store.truncated, len(store.lengths)), "held-out": (test.truncated, len(test.owner))}
+    told = [f"{count} of {whole} {name} texts" for name, (count, whole) in cut.items() if count]
+    return (
+        f"{' and '.join(told)} are longer than data.max_length = {longest} tokens and are cut" if told else ""
+    )
+
+
 def draw_partition(federation: Federation, run_dir: Path) -> None:
     """Who holds what, as a picture and as numbers."""
     marks, names = federation.task.marks
@@ -240,7 +253,7 @@ def summarise(
     """What the run found, as the last table shows it."""
     evaluations = [r for r in records if "eval/loss" in r]
     clocks = read_records(run_dir / "timings.jsonl")
-    seconds, waited = ([r[name] for r in clocks] for name in ("seconds", "data_wait"))
+    seconds, waited = ([r.get(name, 0.0) for r in clocks] for name in ("seconds", "data_wait"))
     full = traffic(federation.spec, config.lora.r, head_values(federation))
     tiers = []
     ks, counts = np.unique(federation.task.population.ranks, return_counts=True)
@@ -259,6 +272,11 @@ def summarise(
         "up_bytes": records[-1]["traffic/up_bytes"],
         "compile_seconds": compile_seconds,
         "median_round_seconds": float(np.median(seconds)),
+        "truncated": {
+            "train": federation.task.population.store.truncated,
+            "held_out": federation.task.test.truncated,
+        },
         "data_wait_share": sum(waited) / (sum(waited) + sum(seconds)),
+        "simulated_seconds": records[-1].get("clock/simulated_seconds"),
         "adapter": "adapter",
     }
