@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from fslora_jax import lora
-from fslora_jax.models import build_model, decoder, load_model, scores
+from fslora_jax.models import build_model, decoder, decoder_layer, load_model, rope, scores
 from fslora_jax.models.decoders import DECODERS
 from fslora_jax.models.family import Options
 from fslora_jax.models.fields import Fields
@@ -45,11 +45,11 @@ def test_embedding_each_layer_and_final_norm_equal_transformers(family, tmp_path
         sight, kinds = decoder.look(c, batch), list(dict.fromkeys(c.layers))
         outputs = []
         for n, x in enumerate(inputs):
-            layer = decoder.DecoderLayer(c, OPTIONS, nnx.Rngs(0))
+            layer = decoder_layer.DecoderLayer(c, OPTIONS, nnx.Rngs(0))
             nnx.update(layer, jax.tree.map(lambda leaf, n=n: leaf[n], base["layers"]))
             project = functools.partial(layer.project, own=[{}], keys=None)
             outputs.append(layer(x, project, sight, kinds.index(c.layers[n])))
-        norm = decoder.RMSNorm(c, c.hidden_size, jnp.dtype("float32"))
+        norm = decoder_layer.RMSNorm(c, c.hidden_size, jnp.dtype("float32"))
         nnx.update(norm, base["final"]["norm"])
         return decoder.embed(c, base["embeddings"], batch.tokens), outputs, norm(outputs[-1])
 
@@ -132,7 +132,7 @@ def test_rotations_equal_transformers_for_long_texts():
         transformers.LlamaConfig(**{k: v for k, v in LLAMA_3B.items() if k != "model_type"})
     )
     c = DECODERS["llama"].build.keywords["read"](Fields(LLAMA_3B))
-    got = decoder.rope.frequencies(c.layers[0].rope, c.head_dim)
+    got = rope.frequencies(c.layers[0].rope, c.head_dim)
     np.testing.assert_allclose(got, rotary.inv_freq.numpy(), rtol=1e-6)
 
 

@@ -18,14 +18,17 @@ def attention_bias(
     segments: Int[Array, "*C B L"],
     positions: Int[Array, "*C B L"] | None = None,
     window: int | None = None,
-) -> Float[Array, "*C B 1 L L"]:
+    asked: tuple[Int[Array, "*C B Q"], Int[Array, "*C B Q"]] | None = None,
+) -> Float[Array, "*C B 1 Q L"]:
     """0 between tokens of one example, else ``LOW``.
 
-    With ``positions``, a token sees only itself and earlier ones: the last ``window``, or all.
+    With ``positions``, a token sees only itself and earlier ones: the last ``window``, or all. ``asked`` are
+    segments and positions of the tokens that look, by default all.
     """
-    seen = (segments[..., :, None] == segments[..., None, :]) & (segments > 0)[..., None]
-    if positions is not None:
-        distance = positions[..., :, None] - positions[..., None, :]
+    by, at = (segments, positions) if asked is None else asked
+    seen = (by[..., :, None] == segments[..., None, :]) & (by > 0)[..., None]
+    if positions is not None and at is not None:
+        distance = at[..., :, None] - positions[..., None, :]
         seen &= (distance >= 0) if window is None else (distance >= 0) & (distance < window)
     return jnp.where(seen, 0.0, LOW)[..., None, :, :]
 

@@ -2,67 +2,31 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from fslora_jax import lora
 from fslora_jax.models import heads, rope, stack
-from fslora_jax.models.attention import attention, attention_bias
+from fslora_jax.models.attention import attention_bias
+from fslora_jax.models.decoder_layer import (
+    Config,
+    DecoderLayer,
+    Memory,
+    RMSNorm,
+    Sight,
+    linear,
+    linear_modules,
+)
 from fslora_jax.models.family import Options
-from fslora_jax.models.layers import ACTIVATIONS, Layer, Project
+from fslora_jax.models.generate import Span, generate
+from fslora_jax.models.layers import Project
 from fslora_jax.models.model import Model, Naming
 from fslora_jax.models.scores import score_labels, score_next
 from fslora_jax.sharding import gathered
 from fslora_jax.types import Batch, Local
-
-
-class Kind(NamedTuple):
-    """How a layer sees the text: the last ``window`` tokens, or all, at rotated positions."""
-
-    window: int | None
-    rope: rope.Rope
-
-
-class Config(NamedTuple):
-    """What ``config.json`` says, under its names where it has one.
-
-    ``qk_norm`` normalises each head of queries and keys; ``post_norms`` also what attention and feed-forward
-    give; a norm's scale is stored less ``norm_offset``. The caps squash scores and next-token logits.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    hidden_act: str
-    max_position_embeddings: int
-    rms_norm_eps: float
-    initializer_range: float
-    tie_word_embeddings: bool
-    layers: tuple[Kind, ...]
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    post_norms: bool = False
-    norm_offset: float = 0.0
-    embedding_scale: float = 1.0
-    attention_scale: float | None = None
-    attention_cap: float | None = None
-    logit_cap: float | None = None
-
-
-class Sight(NamedTuple):
-    """What all layers share, for each kind of layer: the attention's bias, and the queries' and keys' rotations."""
-
-    bias: Float[Array, "kinds C B 1 L L"]
-    rotation: Float[Array, "kinds 2 C B L 1 half"]
 
 
 def decoder(c: Config, head: tuple[str, ...], pooling: str, options: Options, naming: Naming) -> Model:
@@ -72,13 +36,17 @@ def decoder(c: Config, head: tuple[str, ...], pooling: str, options: Options, na
     predicts the next tokens.
     """
     parts = _parts(c, options, causal=not head)
-    hidden = partial(_hidden, c, stack.graphs(parts), options.remat)
+    graphs = stack.graphs(parts)
+    hidden = partial(_hidden, c, graphs, options.remat)
     if head:
         apply = partial(_classify, hidden, head, pooling)
-        score = partial(score_labels, apply)
+        score, write = partial(score_labels, apply), None
     else:
         apply = partial(_predict, c, hidden)
-        score = partial(score_next, hidden, partial(next_logits, c))
+        logits = partial(next_logits, c)
+        score = partial(score_next, hidden, logits)
+        empty = partial(no_memory, c, options.dtype)
+        write = partial(generate, partial(recall, c, graphs), logits, empty)
     bias = naming.task_type == "TOKEN_CLS"
     return Model(
         apply=apply,
@@ -91,22 +59,8 @@ def decoder(c: Config, head: tuple[str, ...], pooling: str, options: Options, na
         naming=naming,
         vocab_size=c.vocab_size,
         max_length=c.max_position_embeddings,
+        generate=write,
     )
-
-
-def linear_modules(c: Config) -> dict[str, tuple[int, int, bool]]:
-    """The linear modules of a layer in the order of the forward pass: path -> features in and out, bias."""
-    width, wide = c.hidden_size, c.intermediate_size
-    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    return {
-        "self_attn.q_proj": (width, queries, c.qkv_bias),
-        "self_attn.k_proj": (width, keys, c.qkv_bias),
-        "self_attn.v_proj": (width, keys, c.qkv_bias),
-        "self_attn.o_proj": (queries, width, c.output_bias),
-        "mlp.gate_proj": (width, wide, c.mlp_bias),
-        "mlp.up_proj": (width, wide, c.mlp_bias),
-        "mlp.down_proj": (wide, width, c.mlp_bias),
-    }
 
 
 def _parts(c: Config, options: Options, causal: bool) -> stack.Parts:
@@ -140,12 +94,47 @@ def _hidden(
 ) -> Float[Array, "C B L D"]:
     """The normalised states after the last layer."""
     x = embed(c, gathered(base["embeddings"]), batch.tokens)
-    kinds = list(dict.fromkeys(c.layers))
-    each = (jnp.array([kinds.index(kind) for kind in c.layers]),)
+    each = (kinds_of(c),)
     x = stack.run_layers(
         graphs["layers"], base["layers"], tiers, x, look(c, batch), each, dropout=dropout, remat=remat
     )
     return nnx.merge(graphs["final"], base["final"])["norm"](x)
+
+
+def recall(
+    c: Config,
+    graphs: dict[str, nnx.GraphDef],
+    base: dict[str, Any],
+    tiers: Sequence[Local],
+    text: Span,
+    new: Span,
+    memory: Memory,
+    at: Int[Array, ""],
+) -> tuple[Float[Array, "C B Q D"], Memory]:
+    """The states of ``new`` tokens, which are columns ``at`` onwards of ``text``, and the memory with them.
+
+    What ``memory`` (with a leading axis N) has no tokens for yet must be later in the text, hence unseen.
+    """
+
+    def call(layer: Any, x: Array, project: Project, sight: Sight, kind: Array, memory: Memory):
+        return layer.attend(x, project, sight, kind, lambda own: memory.write(own, at))
+
+    x = embed(c, gathered(base["embeddings"]), new.tokens)
+    given = look(c, text, new), (kinds_of(c), memory)
+    x, own = stack.scan_layers(call, graphs["layers"], base["layers"], tiers, x, *given)
+    return nnx.merge(graphs["final"], base["final"])["norm"](x), memory.write(own, at)
+
+
+def no_memory(c: Config, dtype: jnp.dtype, clients: int, rows: int, length: int) -> Memory:
+    """Room for so many tokens of each row, in all layers."""
+    zeros = jnp.zeros((len(c.layers), clients, rows, length, c.num_key_value_heads * c.head_dim), dtype)
+    return Memory(zeros, zeros)
+
+
+def kinds_of(c: Config) -> Int[Array, " N"]:
+    """Which kind, in the order of their first layer, each layer is of."""
+    kinds = list(dict.fromkeys(c.layers))
+    return jnp.array([kinds.index(kind) for kind in c.layers])
 
 
 def embed(c: Config, weights: dict[str, Any], tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
@@ -154,12 +143,16 @@ def embed(c: Config, weights: dict[str, Any], tokens: Int[Array, "*rows"]) -> Fl
     return x * jnp.asarray(c.embedding_scale, x.dtype)
 
 
-def look(c: Config, batch: Batch) -> Sight:
-    """What the layers see of packed rows, for each kind of layer in the order of their first one."""
+def look(c: Config, batch: Batch | Span, asked: Batch | Span | None = None) -> Sight:
+    """What the layers see of packed rows, for each kind of layer in the order of their first one.
+
+    ``asked`` are the tokens that look, by default all.
+    """
+    asked = batch if asked is None else asked
     sights = [
         Sight(
-            attention_bias(batch.segments, batch.positions, kind.window),
-            rope.rotations(batch.positions, rope.frequencies(kind.rope, c.head_dim)),
+            attention_bias(batch.segments, batch.positions, kind.window, (asked.segments, asked.positions)),
+            rope.rotations(asked.positions, rope.frequencies(kind.rope, c.head_dim)),
         )
         for kind in dict.fromkeys(c.layers)
     ]
@@ -198,95 +191,3 @@ def next_logits(c: Config, base: dict[str, Any], x: Float[Array, "*rows D"]) -> 
         table = gathered(base["output"])["lm_head"]["kernel"]
     logits = jnp.matmul(x, table, preferred_element_type=jnp.float32)
     return logits if c.logit_cap is None else c.logit_cap * jnp.tanh(logits / c.logit_cap)
-
-
-def linear(c: Config, i: int, o: int, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear module with Llama's initial weights."""
-    init = nnx.initializers.normal(c.initializer_range)
-    return nnx.Linear(i, o, use_bias=bias, kernel_init=init, param_dtype=dtype, rngs=rngs)
-
-
-class RMSNorm(nnx.Module):
-    """Division by the root mean square, in float32 whatever the dtype, then the scale."""
-
-    def __init__(self, c: Config, width: int, dtype: jnp.dtype):
-        self.scale = nnx.Param(jnp.full(width, 1 - c.norm_offset, dtype))
-        self.offset = c.norm_offset
-        self.eps = c.rms_norm_eps
-
-    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        """The norm over the last axis."""
-        wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
-        return (wide * (self.scale[...].astype(jnp.float32) + self.offset)).astype(x.dtype)
-
-
-class DecoderLayer(Layer):
-    """Attention and gated feed-forward, each on normalised input and added to it."""
-
-    def __init__(self, c: Config, options: Options, rngs: nnx.Rngs):
-        def linears(i: int, o: int, bias: bool) -> nnx.Linear:
-            return linear(c, i, o, bias, options.dtype, rngs)
-
-        widths = dict.fromkeys(["input_layernorm", "post_attention_layernorm"], c.hidden_size)
-        if c.post_norms:
-            widths |= dict.fromkeys(
-                ["pre_feedforward_layernorm", "post_feedforward_layernorm"], c.hidden_size
-            )
-        if c.qk_norm:
-            widths |= dict.fromkeys(["self_attn.q_norm", "self_attn.k_norm"], c.head_dim)
-        super().__init__(
-            linear={path: linears(*sizes) for path, sizes in linear_modules(c).items()},
-            norm={path: RMSNorm(c, width, options.dtype) for path, width in widths.items()},
-            lora_dropout=options.lora_dropout,
-        )
-        self.config = c
-        self.implementation = options.attention
-
-    def __call__(
-        self, x: Float[Array, "C B L D"], project: Project, sight: Sight, kind: Int[Array, ""]
-    ) -> Float[Array, "C B L D"]:
-        """One layer for all clients; ``kind`` says which of the sights is this layer's."""
-        c, norm = self.config, self.norm
-        mine = jax.tree.map(lambda leaf: leaf[kind], sight)
-        q, k, v = self.queries_keys_values(norm["input_layernorm"](x), project, mine.rotation)
-        mixed = attention(
-            *(q, k, v, mine.bias, c.head_dim),
-            scale=c.attention_scale,
-            cap=c.attention_cap,
-            implementation=self.implementation,
-        )
-        return self.feed_forward(x, project("self_attn.o_proj", mixed), project)
-
-    def queries_keys_values(
-        self, x: Float[Array, "C B L D"], project: Project, rotation: Float[Array, "2 C B L 1 half"]
-    ) -> tuple[Float[Array, "C B L q"], Float[Array, "C B L k"], Float[Array, "C B L k"]]:
-        """What attention works on, at rotated positions; keys and values are all that later tokens need."""
-
-        def turned(name: str) -> Float[Array, "C B L o"]:
-            flat = project(f"self_attn.{name}_proj", x)
-            split = flat.reshape(*flat.shape[:-1], -1, self.config.head_dim)
-            if self.config.qk_norm:
-                split = self.norm[f"self_attn.{name}_norm"](split)
-            return rope.rotate(split, rotation).reshape(flat.shape)
-
-        return turned("q"), turned("k"), project("self_attn.v_proj", x)
-
-    def feed_forward(
-        self, x: Float[Array, "C B L D"], mixed: Float[Array, "C B L D"], project: Project
-    ) -> Float[Array, "C B L D"]:
-        """The rest of the layer, from its input and what attention gave."""
-        norm, act = self.norm, ACTIVATIONS[self.config.hidden_act]
-        if not self.config.post_norms:
-            x += mixed
-            return x + gated(norm["post_attention_layernorm"](x), act, project)
-        x += norm["post_attention_layernorm"](mixed)
-        out = gated(norm["pre_feedforward_layernorm"](x), act, project)
-        return x + norm["post_feedforward_layernorm"](out)
-
-
-def gated(
-    x: Float[Array, "C B L D"], act: Callable[[Array], Array], project: Project
-) -> Float[Array, "C B L D"]:
-    """The gated feed-forward block (arXiv 2002.05202)."""
-    return project("mlp.down_proj", act(project("mlp.gate_proj", x)) * project("mlp.up_proj", x))

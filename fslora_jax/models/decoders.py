@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any
 
 from fslora_jax.errors import UserError
-from fslora_jax.models.decoder import Config, Kind, decoder
+from fslora_jax.models.decoder import decoder
+from fslora_jax.models.decoder_layer import Config, Kind
 from fslora_jax.models.family import Family, Options
 from fslora_jax.models.fields import Fields
 from fslora_jax.models.layers import ACTIVATIONS

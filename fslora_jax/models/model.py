@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from fslora_jax.lora import Target
 from fslora_jax.types import Head, Score
@@ -43,6 +43,8 @@ class Model(NamedTuple):
     - ``modules``: path inside a layer -> size of each linear module that an adapter may name.
     - ``max_length``: the longest example, in tokens.
     - ``model_type`` and ``heads`` (of attention): ``config.json``'s, set by ``build_model``.
+    - ``generate(base, tiers, tokens, lengths, ends, count) -> tokens (C, B, count)``: what a language model writes,
+      as ``generate.generate``; None for a classifier.
     """
 
     apply: Callable[..., Float[Array, "C E labels"]]
@@ -55,3 +57,4 @@ class Model(NamedTuple):
     max_length: int
     model_type: str = ""
     heads: int = 1
+    generate: Callable[..., Int[Array, "C B count"]] | None = None

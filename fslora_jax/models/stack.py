@@ -66,6 +66,25 @@ def run_layers(
     Raises:
       UserError: the tiers adapt different modules, or one that a layer does not have.
     """
+
+    def call(layer: Callable[..., Any], *args: Any) -> tuple[Any, None]:
+        return layer(*args), None
+
+    return scan_layers(call, graph, weights, tiers, x, shared, each, dropout, remat)[0]
+
+
+def scan_layers(
+    call: Callable[..., tuple[Any, PyTree]],
+    graph: nnx.GraphDef,
+    weights: PyTree,
+    tiers: Sequence[Local],
+    x: Float[Array, "C B L D"],
+    shared: PyTree,
+    each: tuple[PyTree, ...] = (),
+    dropout: Key[Array, " C"] | None = None,
+    remat: str = "none",
+) -> tuple[Float[Array, "C B L D"], PyTree]:
+    """`run_layers` with ``call(layer, x, project, shared, *each) -> (x, y)``; the ``y`` of all layers are stacked."""
     count = jax.tree.leaves(weights)[0].shape[0]
     check_tiers(tiers, weights["linear"])
     own = [_layers_first(tier, x.dtype) for tier in tiers]
@@ -73,13 +92,13 @@ def run_layers(
     def step(
         x: Float[Array, "C B L D"],
         slices: tuple[PyTree, list[dict[str, Any]], tuple[PyTree, ...], Int[Array, ""]],
-    ) -> tuple[Float[Array, "C B L D"], None]:
+    ) -> tuple[Float[Array, "C B L D"], PyTree]:
         weights, own, each, number = slices
         layer = nnx.merge(graph, restore(gathered(weights), x.dtype))
         keys = None if dropout is None else jax.vmap(lambda key: jax.random.fold_in(key, number))(dropout)
-        return layer(rows_split(x), partial(layer.project, own=own, keys=keys), shared, *each), None
+        return call(layer, rows_split(x), partial(layer.project, own=own, keys=keys), shared, *each)
 
-    return jax.lax.scan(REMAT[remat](step), x, (weights, own, each, jnp.arange(count)))[0]
+    return jax.lax.scan(REMAT[remat](step), x, (weights, own, each, jnp.arange(count)))
 
 
 def check_tiers(tiers: Sequence[Local], modules: Collection[str]) -> None:
