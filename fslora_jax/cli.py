@@ -1,7 +1,6 @@
 """The command line: ``fslora train | study | describe | eval | export | plan | methods | bench``."""
 
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -15,19 +14,16 @@ from rich.console import Console
 from fslora_jax import hub
 from fslora_jax.arguments import option, parse, parse_config
 from fslora_jax.bench.command import bench_command
-from fslora_jax.config import DataConfig, TaskName
 from fslora_jax.describe import describe_command
 from fslora_jax.display import TerminalDisplay, print_summary
 from fslora_jax.errors import UserError
+from fslora_jax.eval_command import eval_command
 from fslora_jax.federation.exports import export_client, export_clients, export_merged, export_round
 from fslora_jax.federation.loop import run
-from fslora_jax.federation.results import evaluate_adapter, evaluate_run
 from fslora_jax.list_methods import methods_command
 from fslora_jax.plan.command import plan_command
 from fslora_jax.preemption import EXIT_CODE, Preempted
 from fslora_jax.processes import join, leads
-from fslora_jax.rundir import CONFIG, load_run_config
-from fslora_jax.settings import checked
 from fslora_jax.study.command import study_command
 
 USAGE = """\
@@ -71,47 +67,6 @@ def train_command(argv: Sequence[str]) -> None:
         summary = run(config, folder, display)
     if leads():
         print_summary(summary, folder)
-
-
-@dataclasses.dataclass
-class Evaluate:
-    """Evaluate the newest global adapter of a run, or a PEFT adapter folder; prints one JSON object."""
-
-    folder: tyro.conf.Positional[Path]
-    """Run folder, or folder with adapter_config.json."""
-    data: str | None = None
-    """File, folder or data set; by default the held-out examples of the run."""
-    task: TaskName | None = None
-    """What the data is, as in `data.task` of a config; a GLUE task finds its own data. By default as in the run."""
-    split: str | None = None
-    """Split of a hub data set; by default the task's held-out one, or test."""
-    text_columns: tuple[str, ...] | None = None
-    """Columns of the data with the text; by default the run's, or text."""
-    label_column: str | None = None
-    """Column of the data with the label; by default the run's, or label."""
-    max_length: int | None = None
-    """Longer texts of the data are truncated to this many tokens; by default the run's, or 128."""
-
-
-def eval_command(argv: Sequence[str]) -> None:
-    """Evaluates and prints."""
-    args = parse(Evaluate, "fslora eval", Evaluate.__doc__ or "", argv)
-    given = {name: value for name, value in dataclasses.asdict(args).items() if value is not None}
-    folder, name, split = given.pop("folder"), given.pop("data", None), given.pop("split", None)
-    is_run, data = (folder / CONFIG).is_file(), None
-    if name is not None or args.task is not None:
-        defaults = load_run_config(folder).data.model_dump() if is_run else {}
-        place = {"name": name, "parts": (), "split": None, "test_split": split, "row_length": None}
-        data = checked(DataConfig, defaults | place | given, "arguments")
-    if is_run:
-        metrics = evaluate_run(folder, data)
-    elif data is not None:
-        metrics = evaluate_adapter(folder, data)
-    else:
-        raise UserError(
-            f"{folder}: no run folder; for an adapter folder say --data FILE_OR_NAME or --task as well"
-        )
-    print(json.dumps(metrics))
 
 
 @dataclasses.dataclass

@@ -29,6 +29,7 @@ WORDS = [
     "dog",
 ]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
+NEW = 12
 OPTIONS = {"animals": ("yes", "no"), "facts": ("true", "false")}
 
 
@@ -63,6 +64,8 @@ def causal(tmp_path_factory) -> tuple:
         lora__target_modules=["q_proj", "v_proj", "down_proj"],
         partition__by="task",
         client_optimizer__learning_rate=0.05,
+        federation__num_rounds=20,
+        evaluate_every=20,
     )
     return world, run
 
@@ -110,3 +113,36 @@ def test_the_adapter_says_the_same_in_peft(causal):
     last = runs.records(run)[-1]
     assert last["eval/loss"] == pytest.approx(np.concatenate(right).mean(), rel=1e-4)
     assert last["eval/option_accuracy"] == pytest.approx(np.mean(hits))
+
+
+def test_what_it_writes_is_judged_by_the_first_answer_in_it(causal, capsys):
+    """The adapter folder too, on one part; both against transformers' greedy texts, one prompt at a time."""
+    world, run = causal
+    runs.call(world, "eval", run, "--generate", "--new-tokens", NEW)
+    found = json.loads(capsys.readouterr().out)
+    place = ("--data", world.data / "facts", "--task", "commonsense", "--max-length", 48)
+    runs.call(world, "eval", run / "adapter", *place, "--generate", "--new-tokens", NEW)
+    of_adapter = json.loads(capsys.readouterr().out)
+    base = transformers.AutoModelForCausalLM.from_pretrained(world.model)
+    model = peft.PeftModel.from_pretrained(base, run / "adapter").eval()
+    tokenizer = runs.make_tokenizer(VOCABULARY)
+    hits, answers = {task: [] for task in OPTIONS}, []
+    for task, options in OPTIONS.items():
+        words = options if task == "facts" else [*options, *OPTIONS["facts"]]  # what nobody else asks for
+        for i in range(6):
+            said = record(task, i)
+            text = f"{PLAIN} ### Instruction: {said['instruction']} ### Response:"
+            ids = torch.tensor([tokenizer.encode(text).ids[:-1]])
+            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+            new = model.generate(**given, max_new_tokens=NEW, do_sample=False)[0, ids.shape[1] :]
+            first = next((w for w in tokenizer.decode(new.tolist()).split() if w in words), "")
+            answers.append(bool(first))
+            hits[task].append(first == said["answer"])
+    assert any(answers)
+    assert found["generated_accuracy"] == pytest.approx(np.mean([*hits.values()]))
+    assert found["generated_answers"] == pytest.approx(np.mean(answers))
+    for task in OPTIONS:
+        assert found[f"{task}/generated_accuracy"] == pytest.approx(np.mean(hits[task]))
+    assert of_adapter["generated_accuracy"] == found["facts/generated_accuracy"]
+    assert of_adapter["option_accuracy"] == found["facts/option_accuracy"]
+    assert of_adapter["loss"] == pytest.approx(found["facts/loss"], rel=1e-5)

@@ -1,8 +1,12 @@
 """From a data config to examples and tokens: where they lie, what is held out, how a task reads them."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
 
 from fslora_jax import hub
 from fslora_jax.config import DataConfig
@@ -34,10 +38,15 @@ def load_examples(data: DataConfig, seed: int, model: Path) -> tuple[Examples, E
         return split_examples(train, data.test_examples, host_rng(seed, Purpose.SPLIT))
     names = data.label_names or train.label_names or None
     where = data.model_copy(update={"name": data.test_name or data.name, "label_names": names})
-    test = find_examples(where, model, held_out=True)
+    return train, find_test(where, seed, model)
+
+
+def find_test(data: DataConfig, seed: int, model: Path) -> Examples:
+    """The held-out examples of ``data``, at most ``max_test_examples``."""
+    test = find_examples(data, model, held_out=True)
     if data.max_test_examples and data.max_test_examples < len(test.labels):
         test = split_examples(test, data.max_test_examples, host_rng(seed, Purpose.SPLIT))[1]
-    return train, test
+    return test
 
 
 def find_examples(data: DataConfig, model: Path, *, held_out: bool = False) -> Examples:
@@ -161,3 +170,18 @@ def tokenise_held_out(folder: Path, model: Model, test: Examples, data: DataConf
     rows, owner, right = each_option(test)
     store = tokenise(folder, model, rows, data)
     return hold_out(store, rows, owner, right, data.row_length or data.max_length, data.packing)
+
+
+def tokenise_prompts(
+    folder: Path, model: Model, test: Examples, data: DataConfig, count: int
+) -> tuple[list[Int32[np.ndarray, " n"]], int]:
+    """Each example's prompt alone, with room for ``count`` tokens, and the token that ends a text.
+
+    A prompt too long loses its beginning, as in training.
+    """
+    tokenizer, room = load_tokenizer(folder), min(data.max_length, model.max_length - count)
+    end, prompts = end_token(folder, tokenizer), test.texts[0]
+    if room < 1:
+        raise UserError(f"new tokens: found {count}; expected fewer than the model's {model.max_length}")
+    store = encode_prompts(tokenizer, (prompts, [""] * len(prompts)), room + 1, model.vocab_size, end=end)
+    return [store.tokens[a : b - 1] for a, b in pairwise(store.offsets)], end

@@ -10,10 +10,11 @@ from fslora_jax.config import Config, DataConfig, MeshConfig
 from fslora_jax.data.tasks import TASKS
 from fslora_jax.errors import UserError
 from fslora_jax.evaluate import make_evaluation, measure
-from fslora_jax.federation.examples import find_examples, model_task, outputs, tokenise_held_out
+from fslora_jax.federation.examples import find_test, load_examples, model_task, outputs, tokenise_held_out
 from fslora_jax.federation.memories import Memories
 from fslora_jax.federation.setup import Federation, global_model, initial_server, open_memories, set_up
-from fslora_jax.methods import Server
+from fslora_jax.federation.written import measure_written
+from fslora_jax.methods import Server, whole
 from fslora_jax.models import load_model
 from fslora_jax.rundir import load_run_config
 from fslora_jax.types import Trainable
@@ -55,21 +56,28 @@ def load_round(run_dir: Path, round: int | None) -> Loaded:
     return Loaded(config, federation, server, memories)
 
 
-def evaluate_run(run_dir: Path, data: DataConfig | None = None) -> dict[str, float]:
-    """Metrics of a run's newest global adapter, on its held-out examples or on others."""
+def evaluate_run(run_dir: Path, data: DataConfig | None = None, new_tokens: int = 0) -> dict[str, float]:
+    """Metrics of a run's newest global adapter, on its held-out examples or on others.
+
+    With ``new_tokens`` also of the texts of at most so many tokens that it writes.
+    """
     config, federation, server, _ = load_round(run_dir, None)
-    task = federation.task
-    test, metrics = task.test, task.metrics
+    task, folder = federation.task, hub.resolve_model(config.model.name)
+    test, metrics, examples = task.test, task.metrics, None
     if data is not None:
         check_task(data, model_task(config.data))
-        folder, metrics = hub.resolve_model(config.model.name), TASKS[data.task].metrics
-        labelled = data.model_copy(update={"label_names": task.label_names or None})
-        examples = find_examples(labelled, folder, held_out=True)
-        test = tokenise_held_out(folder, task.model, examples, labelled)
-    score = make_evaluation(task.model.score, federation.spec)(
-        *global_model(federation, server), test.batches
-    )
-    return measure(score, test, metrics)
+        metrics = TASKS[data.task].metrics
+        data = data.model_copy(update={"label_names": task.label_names or None})
+        examples = find_test(data, config.seed, folder)
+        test = tokenise_held_out(folder, task.model, examples, data)
+    base, weights = global_model(federation, server)
+    score = make_evaluation(task.model.score, federation.spec)(base, weights, test.batches)
+    values = measure(score, test, metrics)
+    if new_tokens:
+        examples = examples or load_examples(config.data, config.seed, folder)[1]
+        held = whole(federation.spec, weights)
+        values |= measure_written(folder, task.model, base, held, examples, data or config.data, new_tokens)
+    return values
 
 
 def check_task(data: DataConfig, model: str) -> None:
@@ -80,13 +88,13 @@ def check_task(data: DataConfig, model: str) -> None:
         )
 
 
-def evaluate_adapter(folder: Path, data: DataConfig) -> dict[str, float]:
-    """Metrics of a PEFT adapter folder on labelled texts."""
+def evaluate_adapter(folder: Path, data: DataConfig, new_tokens: int = 0) -> dict[str, float]:
+    """Metrics of a PEFT adapter folder on labelled texts; ``new_tokens`` as in `evaluate_run`."""
     saved = read_adapter(folder)
     check_task(data, MODEL_OF[saved.config.task_type].get("task", "sequence"))
     base_folder = hub.resolve_model(saved.config.base_model_name_or_path)
     labelled = data.model_copy(update={"label_names": saved.label_names or data.label_names})
-    test = find_examples(labelled, base_folder, held_out=True)
+    test = find_test(labelled, 0, base_folder)
     model, base = load_model(
         base_folder,
         num_labels=outputs(data, test),
@@ -94,6 +102,10 @@ def evaluate_adapter(folder: Path, data: DataConfig) -> dict[str, float]:
         **MODEL_OF[saved.config.task_type],
     )
     check_fits(saved, model)
-    held = tokenise_held_out(base_folder, model, test, data)
-    score = make_evaluation(model.score, saved.spec)(base, Trainable(saved.adapter, saved.head), held.batches)
-    return measure(score, held, TASKS[data.task].metrics)
+    held, weights = tokenise_held_out(base_folder, model, test, data), Trainable(saved.adapter, saved.head)
+    score = make_evaluation(model.score, saved.spec)(base, weights, held.batches)
+    values = measure(score, held, TASKS[data.task].metrics)
+    if new_tokens:
+        mine = whole(saved.spec, weights)
+        values |= measure_written(base_folder, model, base, mine, test, data, new_tokens)
+    return values
