@@ -1,7 +1,11 @@
-"""A run folder: config.yaml, metrics.jsonl, timings.jsonl, checkpoints/, adapter/, figures/, summary.json."""
+"""A run folder: config.yaml, metrics.jsonl, timings.jsonl, checkpoints/, adapter/, figures/, summary.json.
+
+A run that starts from an adapter keeps a copy in start/; where clients remember something, that is in clients/.
+"""
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +18,7 @@ from fslora_jax.config import Config, dump_config, load_config
 from fslora_jax.errors import UserError
 
 CONFIG, METRICS, SUMMARY, MEMORIES = "config.yaml", "metrics.jsonl", "summary.json", "clients"
+START = "start"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -21,6 +26,26 @@ def write_atomically(path: Path, text: str) -> None:
     fresh = path.with_name(f".{path.name}.tmp")
     fresh.write_text(text, encoding="utf-8")
     os.replace(fresh, path)
+
+
+def own_start(run_dir: Path, config: Config) -> Config:
+    """The config with the run's own copy of the adapter that it starts from, once there is one."""
+    if config.lora.init_from is None or not (run_dir / START).is_dir():
+        return config
+    lora = config.lora.model_copy(update={"init_from": str(run_dir / START)})
+    return config.model_copy(update={"lora": lora})
+
+
+def keep_start(run_dir: Path, config: Config) -> None:
+    """Copies the adapter that a run starts from, so that the run folder is enough to go on, evaluate and export."""
+    if config.lora.init_from is None or (run_dir / START).is_dir():
+        return
+    fresh = run_dir / f".{START}.tmp"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    for path in sorted(Path(config.lora.init_from).glob("adapter_*")):
+        shutil.copyfile(path, fresh / path.name)
+    fresh.rename(run_dir / START)
 
 
 class InUse(UserError):

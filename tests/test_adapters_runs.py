@@ -1,6 +1,7 @@
 """Runs with ranks by module, from an adapter folder, with a frozen head; and what they export."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,39 @@ def test_a_run_goes_on_from_an_adapter_and_its_head_can_be_frozen(world, mixed, 
     summary = json.loads((run / "summary.json").read_text())
     layers, width = runs.SIZES["num_hidden_layers"], runs.SIZES["hidden_size"]
     assert summary["tiers"][0]["up_bytes"] == 4 * 3 * layers * 2 * width
+
+
+def test_a_run_keeps_what_it_starts_from(world, mixed, capsys, tmp_path):
+    """A frozen head lies nowhere else; the folder may go once the run has begun."""
+    shutil.copytree(mixed / "adapter", tmp_path / "given")
+    changes = start_from(
+        tmp_path / "given", lora__modules_to_save=[], federation__num_rounds=2, checkpoint_every=1
+    )
+    run = runs.train(world, tmp_path / "run", **changes)
+    expected = tensors(run / "adapter")
+    shutil.rmtree(tmp_path / "given")
+    capsys.readouterr()
+    runs.call(world, "eval", run)
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(
+        runs.records(run)[-1]["eval/loss"], rel=1e-5
+    )
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "2")
+    runs.call(world, "train", tmp_path / "run.yaml", "--run-dir", run)
+    assert all(np.array_equal(value, tensors(run / "adapter")[name]) for name, value in expected.items())
+
+
+def test_the_merged_model_of_a_packed_run_has_the_bases_own_weights(world, tmp_path):
+    """int8 is how the base is held, not what the adapter is added to."""
+    run = runs.train(world, tmp_path / "run", **ONE_ROUND, model__quantization="int8")
+    runs.call(world, "export", run, "--merged", "--out", tmp_path / "merged")
+    base, merged = (load_file(folder / "model.safetensors") for folder in (world.model, tmp_path / "merged"))
+    adapter, scale = tensors(run / "adapter"), 8.0 / np.sqrt(8)
+    for name, value in base.items():
+        module = f"base_model.model.bert.{name.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" in adapter:
+            value = value + scale * adapter[f"{module}.lora_B.weight"] @ adapter[f"{module}.lora_A.weight"]
+        np.testing.assert_allclose(merged[f"bert.{name}"], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize(

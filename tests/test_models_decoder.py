@@ -14,6 +14,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from fslora_jax import lora
+from fslora_jax.errors import UserError
 from fslora_jax.models import build_model, decoder, decoder_layer, load_model, rope, scores
 from fslora_jax.models.decoders import DECODERS
 from fslora_jax.models.family import Options
@@ -146,3 +147,21 @@ def test_numbers_that_old_files_hold_beside_weights_are_passed_over(tmp_path):
     save_file(tensors, path, {"format": "pt"})
     _, base = load_model(tmp_path, num_labels=0, task="causal")
     jax.tree.map(np.testing.assert_array_equal, base, tiny.base)
+
+
+def test_a_tied_config_beside_another_output_matrix_is_refused(tmp_path):
+    """A copy of the embeddings, as some files hold one, is fine; for a classifier it does not matter at all."""
+    config = transformers.LlamaConfig(**SIZES, head_dim=4, tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    table = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": table.copy()}, tmp_path / "model.safetensors")
+    load_model(tmp_path, task="causal")
+    other = table.copy()
+    other[-1, -1] += 1
+    save_file(tensors | {"lm_head.weight": other}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"lm_head.weight' is not a copy of 'model.embed_tokens.weight'.*false"
+    ):
+        load_model(tmp_path, task="causal")
+    load_model(tmp_path, num_labels=2)

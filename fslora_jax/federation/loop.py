@@ -31,7 +31,15 @@ from fslora_jax.methods import Server, traffic
 from fslora_jax.models import shifted
 from fslora_jax.preemption import Preempted, watching
 from fslora_jax.processes import leader_first, leads
-from fslora_jax.rundir import MEMORIES, open_run, read_summary, write_atomically, write_summary
+from fslora_jax.rundir import (
+    MEMORIES,
+    keep_start,
+    open_run,
+    own_start,
+    read_summary,
+    write_atomically,
+    write_summary,
+)
 from fslora_jax.sharding import replicated
 
 
@@ -62,7 +70,8 @@ def run(config: Config, run_dir: Path, display: Display) -> dict[str, Any]:
             display.stage("already finished")
             return finished
         display.stage("loading model and data")
-        federation = set_up(config)
+        federation = set_up(own_start(run_dir, config))
+        leader_first(lambda: keep_start(run_dir, config))
         if cut := told_truncated(config, federation):
             display.stage(cut)
         leader_first(lambda: draw_partition(federation, run_dir))

@@ -16,7 +16,7 @@ from fslora_jax.federation.setup import Federation, global_model, initial_server
 from fslora_jax.federation.written import measure_written
 from fslora_jax.methods import Server, whole
 from fslora_jax.models import load_model
-from fslora_jax.rundir import load_run_config
+from fslora_jax.rundir import load_run_config, own_start
 from fslora_jax.types import Trainable
 
 MODEL_OF: dict[str, dict[str, Any]] = {
@@ -42,7 +42,7 @@ def load_round(run_dir: Path, round: int | None) -> Loaded:
     Raises:
       UserError: no run folder, or no checkpoint of that round.
     """
-    config = load_run_config(run_dir)
+    config = own_start(run_dir, load_run_config(run_dir))
     checkpoints = Checkpoints(run_dir / "checkpoints")
     saved = checkpoints.rounds()
     wanted = saved[-1] if round is None and saved else round

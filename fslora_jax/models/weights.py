@@ -66,8 +66,10 @@ def load_model(
     """
     config, checkpoint = open_folder(folder)
     model = build_model(config, **options)
-    abstract = jax.eval_shape(model.init_base, jax.random.key(0))
-    return model, read_base(checkpoint, find_family(config), abstract, placement)
+    family, abstract = find_family(config), jax.eval_shape(model.init_base, jax.random.key(0))
+    if options.get("task") == "causal" and "output" not in abstract:
+        _check_tied(checkpoint, family)
+    return model, read_base(checkpoint, family, abstract, placement)
 
 
 def open_folder(folder: Path) -> tuple[Mapping[str, Any], Checkpoint]:
@@ -234,6 +236,24 @@ def _match(checkpoint: Checkpoint, family: Family, table: list[Source]) -> list[
     for source, tensor in zip(table, tensors, strict=True):
         _check_tensor(source, tensor)
     return tensors
+
+
+def _check_tied(checkpoint: Checkpoint, family: Family) -> None:
+    """Refuses an output matrix of its own beside a config that ties it to the embeddings; none, or a copy, is fine."""
+    by_name = {canonical(key, family): tensor for key, tensor in checkpoint.tensors.items()}
+    table, output = by_name.get("embed_tokens.weight"), by_name.get("lm_head.weight")
+    if table is None or output is None:
+        return
+    step = max(1, CHUNK // table.shape[-1])
+    rows = [slice(start, min(start + step, table.shape[0])) for start in range(0, table.shape[0], step)]
+    every = slice(0, table.shape[-1])
+    if output.shape != table.shape or any(
+        not np.array_equal(table.read((some, every)), output.read((some, every))) for some in rows
+    ):
+        raise UserError(
+            f"{output.path}: tensor {output.name!r} is not a copy of {table.name!r}, but config.json has "
+            "tie_word_embeddings: true, which uses the latter for both; set it to false to use the file's own"
+        )
 
 
 def canonical(key: str, family: Family) -> str:
