@@ -122,6 +122,8 @@ class FederationConfig(Section):
     """Trains this client alone, on its own share: what a client gains from the others is measured against it."""
     num_rounds: Count = 100
     """Rounds of the run."""
+    rounds_per_call: Count = 1
+    """Rounds in one dispatch, where no evaluation or checkpoint lies between; changes no result."""
     local_steps: Count = 10
     """Optimiser steps of each client in a round (H)."""
     min_local_steps: Count | None = None

@@ -75,9 +75,9 @@ def replicated(mesh: Mesh | None) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, P())
 
 
-def over_clients(mesh: Mesh | None) -> NamedSharding | None:
-    """The leading axis is spread over the groups of devices."""
-    return None if mesh is None else NamedSharding(mesh, P(CLIENTS))
+def over_clients(mesh: Mesh | None, axis: int = 0) -> NamedSharding | None:
+    """An axis, the leading one by default, is spread over the groups of devices."""
+    return None if mesh is None else NamedSharding(mesh, P(*[None] * axis, CLIENTS))
 
 
 def client_groups(mesh: Mesh | None) -> int:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import runs
@@ -13,8 +14,8 @@ from safetensors.numpy import load_file
 from fslora_jax.config import load_config, make_config
 from fslora_jax.data.batches import BatchShape
 from fslora_jax.federation import feed
+from fslora_jax.federation.calls import cohort_of, cohorts_of, dispatches
 from fslora_jax.federation.cohort import sample_cohort
-from fslora_jax.federation.loop import cohort_of
 from fslora_jax.federation.setup import make_client_optimizer, set_up
 
 Q_RANK = 2 * 2 * (16 + 16)
@@ -144,6 +145,57 @@ def test_a_round_that_needs_more_rows_than_were_planned_gets_them(world, tmp_pat
         runs.train(world, tmp_path / str(planned), **changes)
     assert rows == [[4, 4], [3, 4]]
     close(tmp_path / str(enough), tmp_path / "1")
+
+
+def test_several_rounds_in_one_call_are_the_same_to_the_bit(world, tmp_path, monkeypatch):
+    """With XLA's usual optimisations; what the tests leave out of them moves the last bit."""
+    monkeypatch.delenv("XLA_FLAGS")
+    first = "from fslora_jax.cli import main\nmain({!r})"
+    commands = [
+        ["train", str(world.config), "--run-dir", str(tmp_path / n), "--federation.rounds-per-call", n]
+        for n in ("1", "8")  # calls of two, as every second round is evaluated
+    ]
+    ended = runs.finish(runs.start(world, *commands[1], driver=first.format(commands[0])))
+    assert ended.returncode == 0, ended.stderr
+    assert runs.results(tmp_path / "8") == runs.results(tmp_path / "1")
+    clock = runs.records(tmp_path / "8", "timings.jsonl")
+    assert [record["round"] for record in clock] == [1, 2, 3, 4]
+    assert clock[0] | {"round": 2} == clock[1]  # both have their call's mean
+
+
+def test_rounds_of_a_call_have_one_shape(world):
+    config, federation = federation_of(world, data__row_length=12)
+    planned = federation._replace(shape=federation.shape._replace(rows=3))  # rounds need 3, 4, 3 and 4
+    together = cohorts_of(config, planned, range(4))
+    for i in range(4):
+        alone = cohort_of(config, federation, i)
+        for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_array_equal(a[i], b)
+
+
+@given(
+    done=st.integers(0, 30),
+    rounds=st.integers(1, 30),
+    call=st.integers(1, 9),
+    every=st.tuples(*[st.integers(1, 12)] * 2),
+)
+def test_calls_cover_the_rounds_and_end_at_evaluations_and_checkpoints(world, done, rounds, call, every):
+    changes = {"num_rounds": done + rounds, "rounds_per_call": call}
+    config = load_config(world.config)
+    config = config.model_copy(
+        update={
+            "federation": config.federation.model_copy(update=changes),
+            "evaluate_every": every[0],
+            "checkpoint_every": every[1],
+        }
+    )
+    found = dispatches(config, done)
+    assert [t for rounds in found for t in rounds] == list(range(done, done + rounds))
+    ends = {rounds.stop for rounds in found}
+    assert all(t in ends for t in range(done + 1, done + rounds) if t % every[0] == 0 or t % every[1] == 0)
+    assert max(map(len, found)) <= call
+    short = [rounds.stop for rounds in found if len(rounds) < call]
+    assert all(t % every[0] == 0 or t % every[1] == 0 or t == done + rounds for t in short)
 
 
 @given(*[st.integers(1, 40)] * 4, st.integers(1, 4))

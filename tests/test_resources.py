@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from fslora_jax.config import Config, DataConfig, FederationConfig, ModelConfig, make_config
 from fslora_jax.errors import UserError
+from fslora_jax.federation.calls import cohort_of
 from fslora_jax.federation.feed import counted_steps
-from fslora_jax.federation.loop import cohort_of
 from fslora_jax.federation.resources import client_ranks, demand_of, device_kinds, draw_ranks, training_flops
 from fslora_jax.federation.setup import set_up
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import runs
 
-from fslora_jax.federation import loop
+from fslora_jax.federation import calls, summary
 
 DIE = "import os, signal\ndie = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
 IN_ROUND = """
@@ -156,17 +156,17 @@ def filming(folder: Path, album: Path) -> Iterator[Camera]:
 
 def test_before_any_file_operation_a_kill_changes_nothing(world, finished, tmp_path, monkeypatch):
     """A sample of all moments between two changes on disk, the first and the last among them."""
-    compile_round, programs = loop.compile_round, []
+    compile_round, programs = calls.compile_round, []
 
     def compile_once(*arguments):
         programs[:] = programs or [compile_round(*arguments)]
         return programs[0]
 
-    monkeypatch.setattr(loop, "compile_round", compile_once)
+    monkeypatch.setattr(calls, "compile_round", compile_once)
     monkeypatch.setattr(
-        loop.figures, "run_figures", lambda records, folder: None
+        summary.figures, "run_figures", lambda records, folder: None
     )  # they take most of the time
-    monkeypatch.setattr(loop.figures, "partition_figure", lambda counts, names, path: None)
+    monkeypatch.setattr(summary.figures, "partition_figure", lambda counts, names, path: None)
     run = tmp_path / "run"
     with filming(run, tmp_path / "album"):
         runs.call(world, *arguments(world, run))

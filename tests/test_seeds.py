@@ -7,7 +7,7 @@ import pytest
 import runs
 
 from fslora_jax import random as sources
-from fslora_jax.federation import loop
+from fslora_jax.federation import calls, summary
 from fslora_jax.random import Purpose
 
 USED = ("INIT", "SPLIT", "PARTITION", "COHORT", "SKETCH", "BATCH", "DROPOUT", "RESOURCES", "PARTICIPATION")
@@ -27,16 +27,16 @@ FIXED = {
 @pytest.fixture(scope="module")
 def quick(world):
     """Runs without figures, all with the program of the first one."""
-    compile_round, programs = loop.compile_round, []
+    compile_round, programs = calls.compile_round, []
 
     def compile_once(*arguments):
         programs[:] = programs or [compile_round(*arguments)]
         return programs[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "compile_round", compile_once)
-        patch.setattr(loop.figures, "run_figures", lambda records, folder: None)
-        patch.setattr(loop.figures, "partition_figure", lambda counts, names, path: None)
+        patch.setattr(calls, "compile_round", compile_once)
+        patch.setattr(summary.figures, "run_figures", lambda records, folder: None)
+        patch.setattr(summary.figures, "partition_figure", lambda counts, names, path: None)
         yield lambda run, **changes: runs.train(world, run, **FIXED, **changes)
 
 
@@ -90,5 +90,6 @@ def test_the_configs_seed_reaches_every_purpose_and_no_other_seed_does(quick, fi
     for name in ("host_rng", "device_key"):
         replace_everywhere(monkeypatch, name, recording(getattr(sources, name)))
     run = quick(tmp_path / "run", seed=7)
-    assert asked - {(0, "INIT")} == {(7, name) for name in USED}  # a shape is asked with a fixed key
+    # A shape is asked with a fixed key; keys of the network and the server are made for methods that use them.
+    assert asked - {(0, "INIT")} == {(7, name) for name in (*USED, "NETWORK", "SERVER")}
     assert outcome(run)[0] != outcome(first)[0]

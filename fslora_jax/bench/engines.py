@@ -22,10 +22,10 @@ from fslora_jax.backend import compiler_options
 from fslora_jax.bench.torch_loop import torch_engine
 from fslora_jax.config import Config
 from fslora_jax.errors import UserError
+from fslora_jax.federation.calls import cohort_of, compile_round
 from fslora_jax.federation.cohort import plan_layout
 from fslora_jax.federation.feed import make_cohort
 from fslora_jax.federation.local import train
-from fslora_jax.federation.loop import cohort_of, compile_round
 from fslora_jax.federation.round import base_keys
 from fslora_jax.federation.setup import Federation, initial_server
 from fslora_jax.methods import Client, Combined, Method, Server

@@ -185,17 +185,67 @@ def make_cohort(
     population: Population,
     steps: Steps,
     layout: Layout,
-    ids: np.ndarray,
+    ids: Ids,
     round: int,
     *,
     shape: BatchShape,
     chunks: int,
     mesh: Mesh | None = None,
 ) -> Cohort:
-    """The arrays of a round's cohort; every process builds only what its own devices train.
+    """The arrays of a round's cohort on the devices; every process builds only what its own devices train.
 
     Batches have the planned ``shape``, or the next that holds them (`fitting`), the same in every process.
     """
+    cohort = host_cohort(population, steps, layout, ids, round, shape=shape, chunks=chunks, mesh=mesh)
+    return placed(cohort, layout.lanes // chunks, mesh)
+
+
+def make_cohorts(
+    population: Population,
+    steps: Steps,
+    layout: Layout,
+    cohort: Callable[[int], Ids],
+    rounds: range,
+    *,
+    shape: BatchShape,
+    chunks: int,
+    mesh: Mesh | None = None,
+) -> Cohort:
+    """The cohorts of several rounds on a leading axis, as `make_cohort` has them, with batches of one shape."""
+
+    def made(shape: BatchShape) -> list[Cohort]:
+        return [
+            host_cohort(population, steps, layout, cohort(t), t, shape=shape, chunks=chunks, mesh=mesh)
+            for t in rounds
+        ]
+
+    cohorts = made(shape)
+    shapes = [shape_of(cohort) for cohort in cohorts]
+    if len(set(shapes)) > 1:
+        cohorts = made(max(shapes))  # they are of one series, so the largest holds all
+    return placed(
+        jax.tree.map(lambda *of_round: np.stack(of_round), *cohorts), layout.lanes // chunks, mesh, 1
+    )
+
+
+def shape_of(cohort: Cohort) -> BatchShape:
+    """The static shape of a cohort's batches."""
+    rows, row_length = cohort.batches.tokens.shape[-2:]
+    return BatchShape(rows, row_length, cohort.batches.places.shape[-1])
+
+
+def host_cohort(
+    population: Population,
+    steps: Steps,
+    layout: Layout,
+    ids: Ids,
+    round: int,
+    *,
+    shape: BatchShape,
+    chunks: int,
+    mesh: Mesh | None,
+) -> Cohort:
+    """`make_cohort` before it is placed: NumPy arrays, of this process's groups alone."""
     lanes, by_id = place(ids, population.ranks, layout), np.argsort(ids)
     taken, done = lanes != EMPTY, np.zeros(lanes.shape, int)
     places = by_id[np.searchsorted(ids, lanes[taken], sorter=by_id)]
@@ -212,13 +262,20 @@ def make_cohort(
         lambda x: x.reshape(groups, chunks, -1, *x.shape[2:])[here], (clients, chosen)
     )
     batches = make_batch(population.store, population.labels, chosen, shape, steps.packing)
-    cohort = Cohort(mine, batches)
-    sharding = over_clients(mesh)
+    return Cohort(mine, batches)
+
+
+def placed(cohort: Cohort, groups: int, mesh: Mesh | None, axis: int = 0) -> Cohort:
+    """A cohort on the devices, its groups on ``axis``."""
+    sharding = over_clients(mesh, axis)
     if sharding is None:
         return jax.device_put(cohort)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, x, (groups, *x.shape[1:])), cohort
-    )
+
+    def place_one(x: np.ndarray) -> jax.Array:
+        shape = (*x.shape[:axis], groups, *x.shape[axis + 1 :])
+        return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return jax.tree.map(place_one, cohort)
 
 
 def _examples_of(population: Population, steps: Steps, ids: Ids, round: int) -> Int[np.ndarray, "C H E"]:

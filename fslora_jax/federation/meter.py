@@ -91,8 +91,11 @@ def head_values(federation: Federation) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(head))
 
 
-def speed_of(cohort: Cohort, clients: int, seconds: float, waited: float) -> dict[str, float]:
-    """What the clock says of a round: real tokens only, and which part of the rows they fill.
+def speed_of(
+    cohort: Cohort, clients: int, seconds: float, waited: float, rounds: int = 1
+) -> dict[str, float]:
+    """What the clock says of a round, or on average of ``rounds`` that were one dispatch: real tokens only, and which
+    part of the rows they fill.
 
     ``data_wait`` are the seconds that the devices waited for the round's arrays, beside its ``seconds``, and
     ``data_wait_share`` is their part of both.
@@ -101,11 +104,11 @@ def speed_of(cohort: Cohort, clients: int, seconds: float, waited: float) -> dic
     filled = float(np.mean([fill(cohort.batches._replace(segments=shard.data)) for shard in here]))
     tokens = filled * cohort.batches.tokens.size
     return {
-        "seconds": seconds,
-        "clients_per_second": clients / seconds,
+        "seconds": seconds / rounds,
+        "clients_per_second": rounds * clients / seconds,
         "tokens_per_second": tokens / seconds,
         "fill": filled,
-        "data_wait": waited,
+        "data_wait": waited / rounds,
         "data_wait_share": waited / (waited + seconds),
         "host_mb": resident_bytes() / 1e6,
     }

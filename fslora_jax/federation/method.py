@@ -45,6 +45,11 @@ def _check(config: Config, method: Method) -> None:
         raise UserError(
             f"model.quantization: found {config.model.quantization}, but {f.method} merges into the base; set none"
         )
+    if traits.remembers and f.rounds_per_call > 1:
+        raise UserError(
+            f"federation.rounds_per_call: found {f.rounds_per_call}, but clients of {f.method} keep state, which is "
+            "handed over between rounds; set 1"
+        )
     if traits.remembers and jax.process_count() > 1:
         raise UserError(
             f"federation.method: clients of {f.method} keep state, which several processes do not share; run one"

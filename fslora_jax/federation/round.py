@@ -127,6 +127,15 @@ def make_round(
     return one_round
 
 
+def several(one_round: Callable) -> Callable[[PyTree, Server, Keys, Cohort], tuple[Server, Played]]:
+    """Rounds one after another in one dispatch; cohorts, and what is played, have a leading axis of rounds."""
+
+    def rounds(base: PyTree, server: Server, keys: Keys, cohorts: Cohort) -> tuple[Server, Played]:
+        return jax.lax.scan(lambda server, cohort: one_round(base, server, keys, cohort), server, cohorts)
+
+    return rounds
+
+
 def local_training(
     score: ScoreFn,
     method: Method,

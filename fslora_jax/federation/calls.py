@@ -1,0 +1,107 @@
+"""Calls of the device: which rounds make one, their arrays, and the compiled program."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from fslora_jax.backend import compiler_options
+from fslora_jax.config import Config
+from fslora_jax.federation.feed import make_cohort, make_cohorts
+from fslora_jax.federation.round import Cohort, Keys, make_round, several
+from fslora_jax.federation.setup import Federation
+from fslora_jax.methods import Server
+from fslora_jax.models import shifted
+
+
+def dispatches(config: Config, done: int) -> list[range]:
+    """The rounds of each call that remains: ``rounds_per_call``, but none beyond an evaluation or a checkpoint."""
+    calls, t, num_rounds = [], done, config.federation.num_rounds
+    while t < num_rounds:
+        ends = [t - t % every + every for every in (config.evaluate_every, config.checkpoint_every)]
+        calls.append(range(t, min(t + config.federation.rounds_per_call, *ends, num_rounds)))
+        t = calls[-1].stop
+    return calls
+
+
+def cohort_of(config: Config, federation: Federation, t: int) -> Cohort:
+    """The arrays of round ``t``."""
+    return make_cohort(
+        federation.task.population,
+        federation.steps,
+        federation.layout,
+        federation.cohort(t),
+        t,
+        shape=federation.shape,
+        chunks=config.federation.cohort_chunks,
+        mesh=federation.mesh,
+    )
+
+
+def cohorts_of(config: Config, federation: Federation, rounds: range) -> Cohort:
+    """The arrays of the rounds of one call; several have a leading axis."""
+    if len(rounds) == 1:
+        return cohort_of(config, federation, rounds.start)
+    return make_cohorts(
+        federation.task.population,
+        federation.steps,
+        federation.layout,
+        federation.cohort,
+        rounds,
+        shape=federation.shape,
+        chunks=config.federation.cohort_chunks,
+        mesh=federation.mesh,
+    )
+
+
+def by_round(
+    rounds: range, cohort: Cohort, losses: jax.Array
+) -> Iterator[tuple[int, tuple[Cohort, jax.Array]]]:
+    """Each round of a call with its cohort and its losses."""
+    if len(rounds) == 1:
+        yield rounds.start, (cohort, losses)
+        return
+    for i, t in enumerate(rounds):
+        yield t, jax.tree.map(lambda x, i=i: x[i], (cohort, losses))
+
+
+class Programs:
+    """The compiled calls, one for each number of rounds and shape of batches, and the seconds that they took.
+
+    There is one shape, unless a round's batches need more rows than were planned.
+    """
+
+    def __init__(self, config: Config, federation: Federation):
+        self._config, self._federation = config, federation
+        self._by_shape: dict[tuple[int, ...], Any] = {}
+        self.seconds = 0.0
+
+    def of(self, server: Server, keys: Keys, cohort: Cohort) -> Any:
+        """The program for a cohort's shape."""
+        shape = (*cohort.batches.tokens.shape, *cohort.batches.places.shape)
+        if shape not in self._by_shape:
+            program, seconds = compile_round(self._config, self._federation, server, keys, cohort)
+            self._by_shape[shape] = program
+            self.seconds += seconds
+        return self._by_shape[shape]
+
+
+def compile_round(config: Config, federation: Federation, server: Server, keys: Keys, cohort: Cohort):
+    """The executable of all rounds of this shape, or of all calls of so many, and the seconds that it took."""
+    started = time.perf_counter()
+    one_round = make_round(
+        federation.task.model.score,
+        federation.method,
+        federation.optimizer,
+        federation.layout,
+        local_steps=config.federation.local_steps,
+        dropout=config.lora.lora_dropout > 0,
+        mesh=federation.mesh,
+        shift=shifted,
+    )
+    if cohort.clients.id.ndim > 3:  # (rounds, groups, chunks, slots)
+        one_round = several(one_round)
+    program = jax.jit(one_round, compiler_options=compiler_options())
+    compiled = program.lower(federation.task.base, server, keys, cohort).compile()
+    return compiled, time.perf_counter() - started
