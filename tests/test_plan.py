@@ -13,7 +13,7 @@ from fslora_jax.data.batches import BatchShape
 from fslora_jax.errors import UserError
 from fslora_jax.models.families import build_model
 from fslora_jax.plan import topology
-from fslora_jax.plan.compiled import abstract_arguments, layout_of, round_of
+from fslora_jax.plan.compiled import abstract_arguments, layout_of, round_of, text_of
 from fslora_jax.plan.search import moved, ways
 from fslora_jax.program import Collective, collectives, matmul_flops
 
@@ -189,3 +189,12 @@ def test_a_plan_for_a_tpu_slice(tmp_path):
     (found,) = json.loads(file.read_text())["plans"]
     assert found["fits"]
     assert [(c["kind"], c["axes"]) for c in found["collectives"]] == [("all-reduce", ["clients"])]
+
+
+def test_a_compiler_whose_programs_cannot_be_read_is_named():
+    class Program:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    with pytest.raises(UserError, match=r"libtpu: .* pip install 'jax\[tpu\]=="):
+        text_of(Program())

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from fslora_jax.adapters.spec import model_spec
 from fslora_jax.config import Config
 from fslora_jax.data.batches import BatchShape
+from fslora_jax.errors import UserError
 from fslora_jax.federation.cohort import Layout, plan_layout
 from fslora_jax.federation.method import is_tiered, make_method
 from fslora_jax.federation.resources import resources
@@ -81,9 +82,24 @@ def compile_round(config: Config, model: Model, shape: BatchShape, devices: Sequ
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        exchanges=collectives(program.as_text() or "", sizes),
+        exchanges=collectives(text_of(program), sizes),
         seconds=time.perf_counter() - started,
     )
+
+
+def text_of(program: Any) -> str:
+    """The compiled program, which tells what is exchanged.
+
+    Raises:
+      UserError: the compiler is of another release than this jaxlib, which cannot read its program.
+    """
+    try:
+        return program.as_text() or ""
+    except jax.errors.JaxRuntimeError:
+        raise UserError(
+            "libtpu: this jaxlib cannot read its programs; install the release that belongs together: "
+            f"pip install 'jax[tpu]=={jax.__version__}'"
+        ) from None
 
 
 def out_of_memory(message: str) -> str:
