@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Trains with several processes of this machine that run as one; a crash of any of them ends all.
+# usage: launch/several.sh N CONFIG --run-dir DIR [--SETTING VALUE ...]
+# Run it again to go on from the last checkpoint. FSLORA and PORT may be set.
+set -euo pipefail
+count=${1:?usage: launch/several.sh N CONFIG --run-dir DIR [--SETTING VALUE ...]}
+shift
+fslora=${FSLORA:-$(dirname "$0")/../.venv/bin/fslora}
+export JAX_COORDINATOR_ADDRESS=127.0.0.1:${PORT:-9876} JAX_NUM_PROCESSES=$count
+started=()
+trap 'kill "${started[@]}" 2>/dev/null || true' EXIT
+trap 'kill -TERM "${started[@]}" 2>/dev/null || true' TERM
+for ((number = 0; number < count; number++)); do
+  JAX_PROCESS_ID=$number "$fslora" train "$@" --distributed &
+  started+=($!)
+done
+for ((number = 0; number < count; number++)); do
+  wait -n # the first that fails ends the script, and with it the others
+done
