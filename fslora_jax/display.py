@@ -87,7 +87,8 @@ def print_summary(summary: dict[str, Any], run_dir: Path) -> None:
     console.print(bytes_table)
     console.print(
         f"sent in all: {summary['up_bytes'] / MB:.1f} MB up, {summary['down_bytes'] / MB:.1f} MB down\n"
-        f"compilation {summary['compile_seconds']:.1f} s, a round {summary['median_round_seconds']:.2f} s (median), "
+        f"loading {summary.get('load_seconds', 0):.1f} s, compilation {summary['compile_seconds']:.1f} s\n"
+        f"a round {summary['median_round_seconds']:.2f} s (median), "
         f"of which {summary.get('data_wait_share', 0):.1%} waiting for data"
     )
     if seconds := summary.get("simulated_seconds"):

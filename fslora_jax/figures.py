@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from fslora_jax.data.partition import LISTED
 from fslora_jax.metrics import headline
 
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
@@ -20,8 +21,11 @@ OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "
 def partition_figure(
     counts: Int[np.ndarray, "clients labels"], label_names: Sequence[str], path: Path
 ) -> None:
-    """Draw who holds what: a stacked bar per client, client 0 on top, a colour per label."""
-    num_clients, num_labels = counts.shape
+    """Draw who holds what: a stacked bar per client, client 0 on top, a colour per label; of very many the first."""
+    whole, num_labels = counts.shape
+    counts = counts[:LISTED]
+    num_clients = len(counts)
+    who = "client" if whole == num_clients else f"client (the first {num_clients:,} of {whole:,})"
     left = np.cumsum(counts, axis=1) - counts
     few = num_labels <= len(OKABE_ITO)
     colours = OKABE_ITO[:num_labels] if few else colormaps["cividis"](np.linspace(0, 1, num_labels))
@@ -33,7 +37,7 @@ def partition_figure(
     axes = figure.add_subplot()
     for label, colour in enumerate(colours):
         axes.barh(np.arange(num_clients), counts[:, label], left=left[:, label], color=colour, height=0.9)
-    axes.set(xlabel="examples", ylabel="client", ylim=(num_clients - 0.5, -0.5))
+    axes.set(xlabel="examples", ylabel=who, ylim=(num_clients - 0.5, -0.5))
     axes.margins(x=0.01)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=25, integer=True, min_n_ticks=1))
     axes.spines[["top", "right"]].set_visible(False)

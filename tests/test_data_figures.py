@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from fslora_jax import figures
+from fslora_jax.data.partition import LISTED
 from fslora_jax.figures import OKABE_ITO, partition_figure
 
 
@@ -43,3 +45,12 @@ def test_two_hundred_clients_are_legible(tmp_path):
 def test_names_are_no_mathematics(tmp_path):
     partition_figure(np.array([[1, 2]]), ["$x^$", "_b"], tmp_path / "a.png")
     assert (tmp_path / "a.png").exists()
+
+
+def test_of_a_million_clients_the_first_are_drawn(tmp_path, monkeypatch):
+    counts = np.random.default_rng(0).integers(1, 50, (1_000_000, 2))
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure.axes[0]))
+    partition_figure(counts, ["a", "b"], tmp_path / "a.png")
+    assert len(drawn[0].patches) == 2 * LISTED
+    assert drawn[0].get_ylabel() == "client (the first 1,000 of 1,000,000)"

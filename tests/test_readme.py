@@ -25,9 +25,14 @@ def test_the_python_example_says_what_its_comment_says(capsys):
 
 
 def test_the_config_examples_are_valid_together():
-    config = make_config(yaml.safe_load("".join(blocks("yaml"))), "README.md")
+    values: dict = {}
+    for block in blocks("yaml"):
+        for section, settings in yaml.safe_load(block).items():
+            values[section] = values.get(section, {}) | settings
+    config = make_config(values, "README.md")
     assert config.lora.rank_pattern == {"output.dense": 4}
-    assert config.clients_per_round == 10
+    assert (config.federation.num_clients, config.federation.clients_per_round) == (50, 10)
+    assert set(config.federation.devices) == {"phone", "laptop"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

@@ -179,6 +179,7 @@ def describe(counts: Int[np.ndarray, "clients labels"], names: Sequence[str]) ->
     own = counts / np.maximum(sizes, 1)[:, None]
     return {
         "examples": {"least": int(sizes.min()), "median": float(np.median(sizes)), "most": int(sizes.max())},
+        "num_clients": len(counts),
         "label_skew": float(np.abs(own - whole).sum(1).mean() / 2),
         "clients": [dict(zip(names, map(int, row), strict=True)) for row in counts[:LISTED]],
     }

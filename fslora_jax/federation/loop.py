@@ -56,14 +56,16 @@ def run(config: Config, run_dir: Path, display: Display) -> dict[str, Any]:
             display.stage("already finished")
             return finished
         display.stage("loading model and data")
+        started = time.perf_counter()
         federation = set_up(own_start(run_dir, config))
+        spent = {"load_seconds": time.perf_counter() - started}
         leader_first(lambda: keep_start(run_dir, config))
         if cut := told_truncated(config, federation):
             display.stage(cut)
         leader_first(lambda: draw_partition(federation, run_dir))
-        server, compile_seconds = train(config, federation, run_dir, display)
+        server, spent["compile_seconds"] = train(config, federation, run_dir, display)
         display.stage("writing adapter and figures")
-        leader_first(lambda: write_results(config, federation, server, run_dir, compile_seconds))
+        leader_first(lambda: write_results(config, federation, server, run_dir, spent))
         return read_summary(run_dir) or {}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from fslora_jax import figures
 from fslora_jax.config import Config
-from fslora_jax.data.partition import LISTED, describe, label_counts
+from fslora_jax.data.partition import describe, label_counts
 from fslora_jax.federation.exports import write_global
 from fslora_jax.federation.meter import client_traffic, head_values
 from fslora_jax.federation.setup import Federation
@@ -18,13 +18,13 @@ from fslora_jax.rundir import write_atomically, write_summary
 
 
 def write_results(
-    config: Config, federation: Federation, server: Server, run_dir: Path, compile_seconds: float
+    config: Config, federation: Federation, server: Server, run_dir: Path, spent: dict[str, float]
 ) -> None:
-    """Adapter, figures, and last the summary."""
+    """Adapter, figures, and last the summary; ``spent`` are seconds that go into it."""
     write_global(config, federation, server, run_dir / "adapter")
     records = read_records(run_dir / "metrics.jsonl")
     figures.run_figures(records, run_dir / "figures")
-    write_summary(run_dir, summarise(config, federation, records, run_dir, compile_seconds))
+    write_summary(run_dir, summarise(config, federation, records, run_dir) | spent)
 
 
 def told_truncated(config: Config, federation: Federation) -> str:
@@ -45,12 +45,10 @@ def draw_partition(federation: Federation, run_dir: Path) -> None:
     write_atomically(run_dir / "partition.json", json.dumps(describe(counts, names), indent=1) + "\n")
     folder = run_dir / "figures"
     folder.mkdir(exist_ok=True)
-    figures.partition_figure(counts[:LISTED], names, folder / "partition.png")
+    figures.partition_figure(counts, names, folder / "partition.png")
 
 
-def summarise(
-    config: Config, federation: Federation, records: list[dict], run_dir: Path, compile_seconds: float
-) -> dict[str, Any]:
+def summarise(config: Config, federation: Federation, records: list[dict], run_dir: Path) -> dict[str, Any]:
     """What the run found, as the last table shows it."""
     evaluations = [r for r in records if "eval/loss" in r]
     clocks = read_records(run_dir / "timings.jsonl")
@@ -71,7 +69,6 @@ def summarise(
         "full_rank": {"down_bytes": full.down, "up_bytes": full.up},
         "down_bytes": records[-1]["traffic/down_bytes"],
         "up_bytes": records[-1]["traffic/up_bytes"],
-        "compile_seconds": compile_seconds,
         "median_round_seconds": float(np.median(seconds)),
         "truncated": {
             "train": federation.task.population.store.truncated,
