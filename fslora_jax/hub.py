@@ -108,6 +108,7 @@ def resolve_dataset(name: str, *, cache_dir: Path | None = None, progress: bool 
         return Resolved("local", local)
     repository = name.partition(":")[0]
     try:
+        _refuse_packaged_only(repository)
         if not _dataset_cached(repository):
             _ask_hub(repository, "dataset")
         return Resolved("hub", None)
@@ -223,6 +224,12 @@ def _packaged(
     return fetch(
         table[name], (cache_dir or default_cache_dir()) / kind / name.replace("/", "--"), progress=progress
     )
+
+
+def _refuse_packaged_only(name: str) -> None:
+    """The hub is never asked for a name that somebody else could take there."""
+    if name in PACKAGED_DATASETS and not PACKAGED_DATASETS[name].on_hub:
+        raise UserError("not there")
 
 
 def _nowhere(what: str, name: str, local: str, on_hub: str, packaged: str) -> UserError:

