@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fslora_jax.settings import Count, Positive, Section
+from fslora_jax.settings import Count, Fraction, Positive, Section
 
 
 class PartitionConfig(Section):
@@ -22,7 +22,9 @@ class PartitionConfig(Section):
     shards_per_client: Count = 2
     """Of `shards`."""
     min_examples: Annotated[int, Field(ge=0)] = 1
-    """No client holds fewer examples."""
+    """No client holds fewer examples; `natural` leaves out those that do."""
+    held_out: Fraction = 0.0
+    """Part of each client's examples that it does not train on, rounded down, for `fslora eval RUN --per-client`."""
 
 
 class DeviceConfig(Section):

@@ -10,6 +10,7 @@ import tyro
 from fslora_jax.arguments import parse
 from fslora_jax.config import DataConfig, TaskName
 from fslora_jax.errors import UserError
+from fslora_jax.federation.fairness import evaluate_clients
 from fslora_jax.federation.results import evaluate_adapter, evaluate_run
 from fslora_jax.rundir import CONFIG, load_run_config
 from fslora_jax.settings import checked
@@ -41,6 +42,11 @@ class Evaluate:
     """Questions with options: judge a language model also by the answers that it writes, greedily."""
     new_tokens: int = 32
     """The most tokens of such an answer."""
+    per_client: bool = False
+    """A run's adapter on what each client held out (`partition.held_out`): mean, worst decile and spread, and a line
+    for each client in the run's clients.jsonl."""
+    personalised: bool = False
+    """With --per-client, also each client's own adapter, after its local steps of the round that follows."""
 
 
 OF_DATA = ("split", "parts", "text_columns", "label_column", "max_length", "max_test_examples")
@@ -52,7 +58,11 @@ def eval_command(argv: Sequence[str]) -> None:
     if args.new_tokens < 1:
         raise UserError(f"new_tokens: found {args.new_tokens}, expected at least 1")
     data, new_tokens = data_of(args), args.new_tokens if args.generate else 0
-    if (args.folder / CONFIG).is_file():
+    if args.per_client or args.personalised:
+        if data is not None or args.generate or not args.per_client:
+            raise UserError("--per-client: expected a run folder, and nothing beside it but --personalised")
+        metrics = evaluate_clients(args.folder, args.personalised)
+    elif (args.folder / CONFIG).is_file():
         metrics = evaluate_run(args.folder, data, new_tokens)
     elif data is not None:
         metrics = evaluate_adapter(args.folder, data, new_tokens)

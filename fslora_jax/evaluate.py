@@ -48,7 +48,7 @@ def make_evaluation(
     return jax.jit(evaluation, out_shardings=replicated(mesh), compiler_options=compiler_options())
 
 
-def gather(score: Score, slots: Int[np.ndarray, "batches E"]) -> Answers:
+def gather(score: Score, slots: Int[np.ndarray, "*batches E"]) -> Answers:
     """The scores of all rows in their order, fillers left out; ``slots`` as ``HeldOut`` has them."""
     real = slots != FILLER
     order = np.argsort(slots[real])

@@ -20,10 +20,12 @@ def _rotten_tomatoes(reviews: bytes) -> bytes:
     return text.getvalue().encode()
 
 
+# fmt: off
 BRANDS = (
-    *("americanair", "apple", "claritin", "coachella", "deflategate", "driverless", "google", "iphone", "jetblue"),
-    *("onerepublic", "southwestair", "united", "usairways", "virginamerica"),
+    "americanair", "apple", "claritin", "coachella", "deflategate", "driverless", "google", "iphone", "jetblue",
+    "onerepublic", "southwestair", "united", "usairways", "virginamerica",
 )
+# fmt: on
 """Words by which tweets fall to clients."""
 
 

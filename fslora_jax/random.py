@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     NETWORK = 8
     SERVER = 9
     PARTICIPATION = 10
+    HELD_OUT = 11
 
 
 def device_key(seed: int, purpose: Purpose) -> Key[Array, ""]:

@@ -211,10 +211,15 @@ def test_natural_clients_are_the_labels(labels):
 
 def test_natural_clients_that_do_not_fit():
     owners, rng = np.array([0, 0, 1, 1, 2]), np.random.default_rng(0)
-    with pytest.raises(UserError, match="num_clients is 2, but the column names 3 clients; set it to 3"):
+    with pytest.raises(UserError, match=r"num_clients is 2, but the column names 3 clients .*; set it to 3"):
         natural(owners, 2, rng)
-    with pytest.raises(UserError, match="min_examples is 2, but client 2 has 1"):
+    with pytest.raises(UserError, match="2 clients with at least 2 examples, of 3 in all; set it to 2"):
         natural(owners, 3, rng, 2)
+
+
+def test_small_natural_clients_are_left_out():
+    partition = natural(np.array([2, 0, 1, 2, 0]), 2, np.random.default_rng(0), 2)
+    assert [share.tolist() for share in partition] == [[1, 4], [0, 3]]
 
 
 def test_a_description_counts_and_measures():

@@ -398,6 +398,18 @@ def test_the_packaged_movie_sentences_are_all_there(no_hub):
     assert rows[0].keys() == {"text", "label"}
 
 
+def test_the_packaged_tweets_have_brands_and_the_hub_is_never_asked(monkeypatch):
+    monkeypatch.setattr(hub, "_ask_hub", lambda *_: pytest.fail("asked"))
+    resolved = resolved_or_skip(lambda: hub.resolve_dataset("tweets-by-brand"))
+    assert resolved.kind == "packaged" and resolved.path
+    with resolved.path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["brand"] for row in rows} == set(packaged.BRANDS)
+    assert {row["label"] for row in rows} == {"negative", "neutral", "positive"}
+    assert len({row["text"].lower() for row in rows}) == len(rows) == 35113
+    assert all(row["brand"] in row["text"].lower() for row in rows)
+
+
 def test_the_packaged_model_is_whole(no_hub):
     folder = resolved_or_skip(lambda: hub.resolve_model("sentence-transformers/all-MiniLM-L6-v2"))
     assert {path.name for path in folder.iterdir()} >= set(hub.MODEL_FILES)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from fslora_jax.errors import UserError
 
@@ -130,19 +130,35 @@ def quantity(
 def natural(
     labels: Int[np.ndarray, " n"], num_clients: int, rng: np.random.Generator, min_examples: int = 1
 ) -> Partition:
-    """A client for each distinct label, in their order; nothing is random."""
+    """A client for each distinct label that at least ``min_examples`` have, in their order; nothing is random."""
     del rng
     owners, owner, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    if len(owners) != num_clients:
+    large = sizes >= min_examples
+    if large.sum() != num_clients:
         raise UserError(
-            f"num_clients is {num_clients}, but the column names {len(owners)} clients; set it to {len(owners)}"
+            f"num_clients is {num_clients}, but the column names {large.sum()} clients with at least {min_examples} "
+            f"examples, of {len(owners)} in all; set it to {large.sum()}"
         )
-    if sizes.min() < min_examples:
-        raise UserError(
-            f"min_examples is {min_examples}, but client {sizes.argmin()} has {sizes.min()}; lower it, or remove "
-            "the small clients from the data"
-        )
-    return _by_owner(np.arange(len(labels)), owner, num_clients)
+    kept, number = large[owner], np.cumsum(large) - 1
+    return _by_owner(np.flatnonzero(kept), number[owner[kept]], num_clients)
+
+
+def hold_back(partition: Partition, fraction: float, rng: np.random.Generator) -> tuple[Partition, Partition]:
+    """What each client trains on, and the ``fraction`` of its examples, rounded down, that it holds out at random.
+
+    >>> train, held = hold_back(Partition.of([np.arange(5), np.array([5])]), 0.4, np.random.default_rng(0))
+    >>> train.sizes.tolist(), held.sizes.tolist()
+    ([3, 1], [2, 0])
+    """
+    order = np.lexsort((rng.random(len(partition.examples)), partition.owners))
+    place = np.empty(len(order), int)
+    place[order] = np.arange(len(order)) - np.repeat(partition.offsets[:-1], partition.sizes)
+    held = place < np.repeat((fraction * partition.sizes).astype(int), partition.sizes)
+
+    def part(chosen: Bool[np.ndarray, " n"]) -> Partition:
+        return _by_owner(partition.examples[chosen], partition.owners[chosen], len(partition))
+
+    return part(~held), part(held)
 
 
 PARTITIONS: dict[str, Callable[..., Partition]] = {

@@ -15,7 +15,7 @@ from fslora_jax.config import Config
 from fslora_jax.errors import UserError
 from fslora_jax.evaluate import make_evaluation, measure
 from fslora_jax.federation.calls import Programs, by_round, cohorts_of, dispatches
-from fslora_jax.federation.memories import Memories
+from fslora_jax.federation.memories import remembering
 from fslora_jax.federation.meter import Meter, speed_of
 from fslora_jax.federation.method import check_method
 from fslora_jax.federation.round import Cohort, base_keys
@@ -126,15 +126,6 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
             if stopping:
                 raise Preempted(f"{run_dir}: stopped after round {done} of {num_rounds}, which is saved")
     return server, programs.seconds
-
-
-def remembering(cohort: Cohort, memories: Memories | None) -> Cohort:
-    """A cohort whose clients know what they remember; only after the round before, so not ahead of time."""
-    if memories is None:
-        return cohort
-    ids = cohort.clients.id
-    found = jax.device_put(memories.gather(jax.device_get(ids)), ids.sharding)
-    return cohort._replace(clients=cohort.clients._replace(memory=found))
 
 
 def last_record(run_dir: Path, done: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 from fslora_jax.federation.cohort import EMPTY
+from fslora_jax.federation.round import Cohort
 
 KNOWN = "known.npy"
 
@@ -77,3 +78,12 @@ class Memories:
 
     def _file(self, number: int) -> Path:
         return self._folder / f"{number}.npy"
+
+
+def remembering(cohort: Cohort, memories: Memories | None) -> Cohort:
+    """A cohort whose clients know what they remember; only after the round before, so not ahead of time."""
+    if memories is None:
+        return cohort
+    ids = cohort.clients.id
+    found = jax.device_put(memories.gather(jax.device_get(ids)), ids.sharding)
+    return cohort._replace(clients=cohort.clients._replace(memory=found))

@@ -18,7 +18,7 @@ from fslora_jax.config import ClientOptimizerConfig, Config
 from fslora_jax.data.batches import BatchShape, make_batch
 from fslora_jax.data.examples import Examples
 from fslora_jax.data.held_out import HeldOut
-from fslora_jax.data.partition import PARTITIONS, Partition, check_partition
+from fslora_jax.data.partition import PARTITIONS, Partition, check_partition, hold_back
 from fslora_jax.data.tasks import TASKS
 from fslora_jax.errors import UserError
 from fslora_jax.federation.cohort import Layout, plan_layout, sample_cohort
@@ -91,10 +91,10 @@ def load_task(config: Config, mesh: Mesh | None) -> Task:
     )
     store = tokenise(folder, model, train, config.data)
     lengths = store.lengths.astype(float)
-    partition = divide(config, train)
+    partition, _ = divide(config, train)
     ranks, clock = resources(config, model, lengths.mean(), np.square(lengths).mean())
     if (only := config.federation.only_client) is not None:
-        partition, ranks = Partition.of([partition[only]]), ranks[only : only + 1]
+        ranks = ranks[only : only + 1]
         clock = clock and Clock(*(times[only : only + 1] for times in clock))
     sizes = partition.sizes.astype(float)
     weighted = config.federation.client_weights == "examples"
@@ -111,8 +111,8 @@ def load_task(config: Config, mesh: Mesh | None) -> Task:
     return Task(model, base, train.label_names, metrics, population, held, marks)
 
 
-def divide(config: Config, train: Examples) -> Partition:
-    """Which training examples each client holds."""
+def divide(config: Config, train: Examples) -> tuple[Partition, Partition]:
+    """Which examples each client trains on, and which it holds out."""
     p, (marks, _) = config.partition, marks_of(config, train)
     skew, floor = {"alpha": p.dirichlet_alpha}, {"min_examples": p.min_examples}
     options = {
@@ -124,8 +124,11 @@ def divide(config: Config, train: Examples) -> Partition:
     }
     rng = host_rng(config.seed, Purpose.PARTITION)
     partition = PARTITIONS[p.name](marks, config.federation.num_clients, rng=rng, **options[p.name])
-    check_partition(partition)
-    return partition
+    parts = hold_back(partition, p.held_out, host_rng(config.seed, Purpose.HELD_OUT))
+    check_partition(parts[0])
+    if (only := config.federation.only_client) is not None:
+        parts = Partition.of([parts[0][only]]), Partition.of([parts[1][only]])
+    return parts
 
 
 def marks_of(config: Config, train: Examples) -> tuple[np.ndarray, tuple[str, ...]]:
