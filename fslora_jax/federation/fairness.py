@@ -51,7 +51,7 @@ def evaluate_clients(run_dir: Path, personalised: bool = False) -> dict[str, flo
     answers = gather(evaluation(*global_model(federation, server), held.batches), held.slots)
     records = by_client(answers, held, clients, task.metrics)
     if personalised:
-        if not float(federation.optimizer.learning_rate(int(server.round) * federation.steps.local_steps)):
+        if not np.any(federation.optimizer.learning_rate(int(server.round) * federation.steps.local_steps)):
             raise UserError(
                 f"personalised: client_optimizer.schedule {config.client_optimizer.schedule} has come to a rate of 0 "
                 "after the last round, so no client would train; evaluate without, or train with schedule: constant"
