@@ -61,12 +61,14 @@ def evaluate_clients(run_dir: Path, personalised: bool = False) -> dict[str, flo
             record |= {f"personalised/{name}": found[name] for name in found if name not in FACTS}
     for record in records:
         record["k"] = int(population.ranks[record["client"]])
+        if config.partition.name == "natural":
+            record["name"] = train.groups[own[record["client"]][0]]
     lines = "".join(json.dumps(record) + "\n" for record in records)
     write_atomically(run_dir / CLIENTS, lines)
     return summary(records)
 
 
-FACTS = ("client", "k", "examples")
+FACTS = ("client", "name", "k", "examples")
 """What a client's record holds beside metrics."""
 
 

@@ -18,7 +18,7 @@ from fslora_jax.federation.calls import Programs, by_round, cohorts_of, dispatch
 from fslora_jax.federation.memories import remembering
 from fslora_jax.federation.meter import Meter, speed_of
 from fslora_jax.federation.method import check_method
-from fslora_jax.federation.round import Cohort, base_keys
+from fslora_jax.federation.round import base_keys
 from fslora_jax.federation.setup import Federation, global_model, initial_server, open_memories, set_up
 from fslora_jax.federation.summary import draw_partition, told_truncated, write_results
 from fslora_jax.log import JsonLines, Logger, open_loggers, read_records
