@@ -63,13 +63,13 @@ def labelled(table: Table, columns: Columns, label_names: Sequence[str] | None =
     are those that the data set declares, or those that occur, sorted, integers by value. A label may also be
     given by its number where the names themselves are no numbers.
     """
-    places, texts, found, groups = _read(table, columns, _label)
+    first, texts, found, groups = _read(table, columns, _label)
     if len(set(found)) == 1:
         raise UserError(
             f"{table.source}: every label is {short(found[0])}; expected at least two distinct labels"
         )
     names = tuple(label_names or table.label_names.get(columns.label) or _sorted_names(set(found)))
-    return Examples(texts, _label_numbers(places, found, names), names, groups=groups)
+    return Examples(texts, _label_numbers(first, found, names), names, groups=groups)
 
 
 def measured(table: Table, columns: Columns) -> Examples:
@@ -154,26 +154,27 @@ def _placed(table: Table, wanted: Sequence[str]) -> Iterator[tuple[str, dict[str
         place = f"{table.source}, {where}"
         if not isinstance(record, dict):
             raise UserError(f"{place}: found {short(record)}; expected an object with the columns as keys")
-        check_columns(place, wanted, record)
+        if not all(name in record for name in wanted):
+            check_columns(place, wanted, record)
         yield place, record
 
 
 def _read(
     table: Table, columns: Columns, answer: Callable[[str, str, Any], T]
-) -> tuple[list[str], tuple[list[str], ...], list[T], tuple[str, ...]]:
+) -> tuple[dict[T, str], tuple[list[str], ...], list[T], tuple[str, ...]]:
     if len(columns.texts) not in (1, 2):
         raise UserError(f"text_columns has {len(columns.texts)} names; expected one, or two for pairs")
     texts: tuple[list[str], ...] = tuple([] for _ in columns.texts)
-    places, found, groups = [], [], []
+    first, found, groups = {}, [], []
     for place, record in _placed(table, columns.all):
         for values, column in zip(texts, columns.texts, strict=True):
             values.append(text_of(place, column, record[column]))
-        places.append(place)
         found.append(answer(place, columns.label, record[columns.label]))
+        first.setdefault(found[-1], place)
         if columns.group:
             groups.append(_label(place, columns.group, record[columns.group]))
     _check_some(table, found)
-    return places, texts, found, tuple(groups)
+    return first, texts, found, tuple(groups)
 
 
 def _check_some(table: Table, found: Sequence[Any]) -> None:
@@ -181,13 +182,14 @@ def _check_some(table: Table, found: Sequence[Any]) -> None:
         raise UserError(f"{table.source}: holds no examples; expected at least one row of data")
 
 
-def _label_numbers(places: list[str], found: list[str], names: tuple[str, ...]) -> Int[np.ndarray, " n"]:
+def _label_numbers(first: dict[str, str], found: list[str], names: tuple[str, ...]) -> Int[np.ndarray, " n"]:
+    """``first`` tells where each label occurs first."""
     index = {name: i for i, name in enumerate(names)}
     if len(index) != len(names):
         raise UserError(f"label_names repeats a name ({listing(names)}); give each label once")
     if not any(name.lstrip("-").isdigit() for name in names):
         index |= {str(i): i for i in range(len(names))}
-    for place, label in zip(places, found, strict=True):
+    for label, place in first.items():
         if label not in index:
             raise UserError(f"{place}: label {short(label)} is not among label_names ({listing(names)})")
     return np.array([index[label] for label in found], np.int32)

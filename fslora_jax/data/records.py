@@ -125,16 +125,17 @@ def _table(path: Path, reader: Any, wanted: Sequence[str], skip_short: bool) -> 
     columns: list[str] = []
     headerless = all(name.isdigit() for name in wanted)
     for line, row in _rows(path, reader):
-        place = f"{path}, line {line}"
         if not columns:
             columns = [str(i) for i in range(len(row))] if headerless else row
-            check_columns(place, wanted, columns)
+            check_columns(f"{path}, line {line}", wanted, columns)
             if not headerless:
                 continue
         if skip_short and len(row) < len(columns):
             continue
         if len(row) != len(columns):
-            raise UserError(f"{place}: found {len(row)} fields; expected {len(columns)}, as in the first row")
+            raise UserError(
+                f"{path}, line {line}: found {len(row)} fields; expected {len(columns)}, as in the first row"
+            )
         yield f"line {line}", dict(zip(columns, row, strict=True))
 
 
