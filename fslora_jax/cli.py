@@ -40,7 +40,7 @@ commands:
   export RUN          write a PEFT adapter: the global one, one client's at its own rank, or all clients';
                       or a merged model
   plan CONFIG.yaml    what a round takes on a TPU slice, compiled without one
-  methods [NAME]      all federated methods and wrappers, or the options of one
+  methods [NAME]      all federated methods and wrappers, or the options of one; --combinations: what fits what
   bench CONFIG.yaml   time a round against other engines, a Python loop and PyTorch among them
 
 `fslora COMMAND --help` tells more.

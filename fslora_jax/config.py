@@ -113,7 +113,7 @@ class FederationConfig(Section):
     method_options: dict[str, Any] = {}
     """Options of the method, such as {importance: true}; `fslora methods NAME` tells them."""
     wrappers: dict[str, dict[str, Any]] = {}
-    """What is put around the method, in this order, with options, such as {personalise: {parts: [b, head]}}."""
+    """What is put around the method, with options, such as {personalise: {parts: [b, head]}}; in any order."""
     num_clients: Count = 20
     """Clients in the population."""
     clients_per_round: Count | None = None

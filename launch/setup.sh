@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the virtual environment .venv (or $VENV) beside this folder and installs the package in it.
-# usage: launch/setup.sh [EXTRA]      EXTRA: test, cuda, tpu, tensorboard, wandb
+# usage: launch/setup.sh [EXTRA]      EXTRA: test, cuda, tpu, tensorboard, wandb, privacy
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}

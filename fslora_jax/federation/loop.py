@@ -18,6 +18,7 @@ from fslora_jax.federation.calls import Programs, by_round, cohorts_of, dispatch
 from fslora_jax.federation.memories import remembering
 from fslora_jax.federation.meter import Meter, speed_of
 from fslora_jax.federation.method import check_method
+from fslora_jax.federation.privacy import privacy_record
 from fslora_jax.federation.round import base_keys
 from fslora_jax.federation.setup import Federation, global_model, initial_server, open_memories, set_up
 from fslora_jax.federation.summary import draw_partition, told_truncated, write_results
@@ -86,6 +87,7 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
     clocks: list[Logger] = [JsonLines(run_dir / "timings.jsonl", kept)] if leads() else []
     keys = base_keys(config.seed, mesh)
     evaluate, meter = evaluator(federation), Meter(federation, last_record(run_dir, done))
+    private = privacy_record(config)
     with ExitStack() as stack:
         for opened in (*loggers, *clocks, checkpoints):
             stack.callback(opened.close)
@@ -114,7 +116,7 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
             seconds = time.perf_counter() - started
             done = rounds.stop
             if done % config.evaluate_every == 0 or done == num_rounds:
-                records[-1] |= evaluate(server)
+                records[-1] |= evaluate(server) | private(done)
             speed = speed_of(cohort, config.clients_per_round, seconds, started - asked, len(rounds))
             for record in records:
                 write(loggers, record)

@@ -69,6 +69,7 @@ def summarise(config: Config, federation: Federation, records: list[dict], run_d
         "full_rank": {"down_bytes": full.down, "up_bytes": full.up},
         "down_bytes": records[-1]["traffic/down_bytes"],
         "up_bytes": records[-1]["traffic/up_bytes"],
+        **{name: value for name, value in records[-1].items() if name.startswith("privacy/")},
         "median_round_seconds": float(np.median(seconds)),
         "truncated": {
             "train": federation.task.population.store.truncated,

@@ -69,6 +69,9 @@ class Traits(NamedTuple):
     ``moves_base``: the frozen kernels change over the rounds. ``remembers``: clients keep something between rounds.
     ``full_rank``: every client trains all r components. ``holds_all``: every client holds all r and trains k.
     ``own_step``: the server's step is the method's own, so there is no room for a server optimiser.
+    ``sends_values``: clients send factors, not what changed in them. ``sends_indices``: and which were drawn.
+    ``personal``: the parts that stay with the client, and both factors of the ``personal_layers`` last layers.
+    ``wrapped``: the wrappers inside, by name.
     """
 
     linear: bool = True
@@ -77,6 +80,11 @@ class Traits(NamedTuple):
     full_rank: bool = False
     holds_all: bool = False
     own_step: bool = False
+    sends_values: bool = False
+    sends_indices: bool = False
+    personal: tuple[str, ...] = ()
+    personal_layers: int = 0
+    wrapped: tuple[str, ...] = ()
 
 
 class Method(NamedTuple):

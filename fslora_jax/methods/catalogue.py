@@ -23,7 +23,12 @@ from fslora_jax.methods.rac_lora import rac_lora
 from fslora_jax.methods.raflora import raflora
 from fslora_jax.methods.rolora import rolora
 from fslora_jax.methods.spec import Spec
+from fslora_jax.methods.wrappers.clip_and_noise import clip_and_noise
+from fslora_jax.methods.wrappers.compress import compress
+from fslora_jax.methods.wrappers.over_the_air import over_the_air
 from fslora_jax.methods.wrappers.personalise import personalise
+from fslora_jax.methods.wrappers.prune import prune
+from fslora_jax.methods.wrappers.rules import refusal
 from fslora_jax.methods.xgblora import xgblora
 from fslora_jax.settings import checked, options_of, suggest
 
@@ -121,8 +126,36 @@ WRAPPERS: dict[str, Entry] = {
     "personalise": Entry(
         personalise, "parts stay with the client", "2309.01816", "the rest", "parts: []: the method itself"
     ),
+    "prune": Entry(
+        prune,
+        "weak links send fewer components, by importance",
+        "2309.01816",
+        "what the link carries in time",
+        "long deadline: the method itself",
+    ),
+    "compress": Entry(
+        compress,
+        "the largest values in few bits, with error feedback",
+        "1809.07599",
+        "a part of the values",
+        "ratio 1, 32 bits: the method itself",
+    ),
+    "clip_and_noise": Entry(
+        clip_and_noise,
+        "differential privacy of clients",
+        "1710.06963",
+        "as the method, clipped",
+        "large clip, no noise: the method itself",
+    ),
+    "over_the_air": Entry(
+        over_the_air,
+        "a fading channel adds up the uploads, with noise",
+        "2310.10089",
+        "as the method, analogue",
+        "no noise, perfect CSI: the method itself",
+    ),
 }
-"""Name -> wrapper, ``(method, spec, **options) -> method``."""
+"""Name -> wrapper, ``(method, spec, **options) -> method``, in the order of an upload's way to the server."""
 
 
 def build(
@@ -132,15 +165,18 @@ def build(
     spec: Spec,
     server_optimizer: optax.GradientTransformation,
 ) -> Method:
-    """The method of a config, wrapped in the order of ``wrappers``.
+    """The method of a config in its wrappers, in the order of `WRAPPERS` whatever theirs.
 
     Raises:
       UserError: an unknown name or option, or a combination that its members rule out.
     """
     entry = _entry(METHODS, name, "federation.method")
     method = entry.make(spec, server_optimizer, **_options(entry, options, "federation.method_options"))
-    for wrapper, chosen in wrappers.items():
-        entry = _entry(WRAPPERS, wrapper, "federation.wrappers")
+    entries = {wrapper: _entry(WRAPPERS, wrapper, "federation.wrappers") for wrapper in wrappers}
+    for wrapper in sorted(wrappers, key=list(WRAPPERS).index):
+        entry, chosen = entries[wrapper], wrappers[wrapper]
+        if (reason := refusal(wrapper, method)) is not None:
+            raise UserError(f"federation.wrappers: {wrapper} cannot go around {name}: {reason}")
         method = entry.make(method, spec, **_options(entry, chosen, f"federation.wrappers.{wrapper}"))
     return method
 

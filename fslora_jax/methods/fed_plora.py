@@ -36,5 +36,8 @@ def fed_plora(spec: Spec, server_optimizer: optax.GradientTransformation) -> Met
         return Traffic(down=0 * values + 4 * (everything + head_values), up=up)
 
     return fedavg_lora(spec, server_optimizer)._replace(
-        download=download, update=update, traffic=sizes, traits=Traits(holds_all=True)
+        download=download,
+        update=update,
+        traffic=sizes,
+        traits=Traits(holds_all=True, sends_indices=True),
     )

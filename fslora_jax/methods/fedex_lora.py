@@ -51,5 +51,5 @@ def fedex_lora(spec: Spec, server_optimizer: optax.GradientTransformation) -> Me
         combine=with_products(spec),
         update=update,
         traffic=sizes,
-        traits=Traits(linear=False, moves_base=True, full_rank=True, own_step=True),
+        traits=Traits(linear=False, moves_base=True, full_rank=True, own_step=True, sends_values=True),
     )

@@ -37,5 +37,5 @@ def flexlora(spec: Spec, server_optimizer: optax.GradientTransformation) -> Meth
         combine=with_products(spec),
         update=update,
         traffic=prefix_traffic(spec),
-        traits=Traits(linear=False, own_step=True),
+        traits=Traits(linear=False, own_step=True, sends_values=True),
     )

@@ -49,5 +49,5 @@ def flora(spec: Spec, server_optimizer: optax.GradientTransformation) -> Method:
         combine=with_products(spec),
         update=update,
         traffic=sizes,
-        traits=Traits(linear=False, moves_base=True, own_step=True),
+        traits=Traits(linear=False, moves_base=True, own_step=True, sends_values=True),
     )

@@ -44,7 +44,7 @@ def zero_padding(spec: Spec, server_optimizer: optax.GradientTransformation) -> 
         upload=sends(value),
         update=update,
         traffic=prefix_traffic(spec),
-        traits=Traits(),
+        traits=Traits(sends_values=True),
     )
 
 
@@ -118,7 +118,7 @@ def hetlora(
         traffic=sizes,
         first_memory=first_memory,
         penalty=penalty if tail_penalty else None,
-        traits=Traits(linear=False, remembers=True),
+        traits=Traits(linear=False, remembers=True, sends_values=True),
     )
 
 

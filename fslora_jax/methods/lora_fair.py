@@ -57,7 +57,7 @@ def lora_fair(
         upload=sends(value),
         combine=with_products(spec),
         update=update,
-        traits=Traits(linear=False, full_rank=True, own_step=True),
+        traits=Traits(linear=False, full_rank=True, own_step=True, sends_values=True),
     )
 
 

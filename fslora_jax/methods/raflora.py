@@ -69,5 +69,5 @@ def raflora(spec: Spec, server_optimizer: optax.GradientTransformation, *, facto
         upload=upload,
         combine=with_products(spec),
         update=update,
-        traits=Traits(linear=False, own_step=True),
+        traits=Traits(linear=False, own_step=True, sends_values=True),
     )

@@ -86,5 +86,5 @@ def xgblora(
         update=update,
         traffic=sizes,
         penalty=penalty if ridge else None,
-        traits=Traits(linear=False, moves_base=True, full_rank=True, own_step=True),
+        traits=Traits(linear=False, moves_base=True, full_rank=True, own_step=True, sends_values=True),
     )

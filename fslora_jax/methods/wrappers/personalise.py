@@ -6,8 +6,10 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
+from fslora_jax.errors import UserError
 from fslora_jax.methods.base import Client, Method, Payload, Server
 from fslora_jax.methods.spec import Spec, Traffic
+from fslora_jax.methods.wrappers.uploads import personal_rows
 from fslora_jax.settings import Whole
 from fslora_jax.sketch import gather
 from fslora_jax.types import Local, Pair, Rows, Trainable
@@ -27,7 +29,16 @@ def personalise(
     A client begins with the server's values, trains all of it as before, and sends the rest. What the server holds of
     a personal part is the average over the cohort; it serves the evaluation of the global model, which needs something
     there, and is not counted as traffic, since nothing would send it.
+
+    Raises:
+      UserError: factors shall be personal, but those of the method do not last from round to round.
     """
+    traits = method.traits
+    if (set(parts) - {"head"} or top_layers) and (traits.moves_base or not traits.linear):
+        raise UserError(
+            f"federation.wrappers.personalise: found parts {list(parts)}, top_layers {top_layers}, but this method "
+            "makes new factors in every round, so that only the head can be personal; set parts: [head]"
+        )
     own = personal_rows(spec, parts, top_layers)
 
     def first_memory(server: Server) -> PyTree:
@@ -55,17 +66,13 @@ def personalise(
         upload=upload,
         traffic=sizes,
         first_memory=first_memory,
-        traits=method.traits._replace(remembers=True),
+        traits=traits._replace(
+            remembers=True,
+            personal=tuple(parts),
+            personal_layers=top_layers,
+            wrapped=(*traits.wrapped, "personalise"),
+        ),
     )
-
-
-def personal_rows(spec: Spec, parts: Sequence[str], top_layers: int) -> dict[str, Rows]:
-    """1 in the layers of each factor that are personal, ``(N, 1)``."""
-    rows = {}
-    for m, t in spec.targets.items():
-        top = (jnp.arange(t.layers) >= t.layers - top_layers).astype(jnp.float32)[:, None]
-        rows[m] = Rows(*(jnp.ones_like(top) if factor in parts else top for factor in "ab"))
-    return rows
 
 
 def with_parts(
