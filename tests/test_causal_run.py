@@ -9,7 +9,12 @@ import runs
 import torch
 import transformers
 
+from fslora_jax.config import DataConfig
+from fslora_jax.data.examples import Examples
 from fslora_jax.data.prompts import PLAIN
+from fslora_jax.errors import UserError
+from fslora_jax.federation.examples import tokenise_prompts
+from fslora_jax.models import build_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -146,3 +151,19 @@ def test_what_it_writes_is_judged_by_the_first_answer_in_it(causal, capsys):
     assert of_adapter["generated_accuracy"] == found["facts/generated_accuracy"]
     assert of_adapter["option_accuracy"] == found["facts/option_accuracy"]
     assert of_adapter["loss"] == pytest.approx(found["facts/loss"], rel=1e-5)
+
+
+def test_a_prompt_too_long_loses_its_beginning_and_leaves_room(causal):
+    """[CLS] stays, no [SEP] follows; the model takes 10 tokens, of which 6 are to be new."""
+    world, _ = causal
+    examples = Examples((["the cat is it", "the cat"], ["yes", "no"]), np.zeros(2, int), ())
+    model = causal_model(world.model)._replace(max_length=10)
+    prompts, end = tokenise_prompts(world.model, model, examples, DataConfig(max_length=20), 6)
+    words = [[VOCABULARY[token] for token in ids] for ids in prompts]
+    assert words == [["[CLS]", "cat", "is", "it"], ["[CLS]", "the", "cat"]] and end == 3
+    with pytest.raises(UserError, match="new tokens: found 10; expected fewer than the model's 10"):
+        tokenise_prompts(world.model, model, examples, DataConfig(max_length=20), 10)
+
+
+def causal_model(folder):
+    return build_model(json.loads((folder / "config.json").read_text()), task="causal")

@@ -104,8 +104,9 @@ def test_refusals(world, finished, run, tmp_path):
         evaluate_clients(tmp_path / "run", personalised=True)
     with pytest.raises(UserError, match=r"partition.held_out: 0 of each client's examples are none"):
         evaluate_clients(finished)
-    with pytest.raises(SystemExit, match="2"):
-        runs.call(world, "eval", run, "--personalised")
+    for argv in (["--personalised"], ["--max-length", 8], ["--generate"], ["--per-client", "--generate"]):
+        with pytest.raises(SystemExit, match="2"):
+            runs.call(world, "eval", run, *argv)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.floats(0, 0.99), st.integers(0, 9))
