@@ -104,7 +104,7 @@ def test_a_setting_that_does_not_fit_can_be_corrected_in_place(
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("trian", "unknown command 'trian'; expected one of train, describe, eval, export"),
+        ("trian", "unknown command 'trian'; expected one of train, study, describe, eval, export"),
         ("train", "no config file"),
         ("train --seed 3", "no config file"),
         ("train {none}", "none.yaml: cannot be read: No such file"),
@@ -401,9 +401,9 @@ def test_a_full_disk_in_a_checkpoint_loses_nothing(interrupted, finished, small_
     shutil.copytree(interrupted.run, here.run)
     save, checkpoints = Checkpoints.save, contents(here.run / "checkpoints")
 
-    def save_on_a_full_disk(self, round, state):
+    def save_on_a_full_disk(self, round, *state):
         fill_up(small_disk)
-        save(self, round, state)
+        save(self, round, *state)
 
     monkeypatch.setattr(Checkpoints, "save", save_on_a_full_disk)
     message = here.refused(capsys)
@@ -442,10 +442,10 @@ def test_a_limit_on_the_size_of_files_in_a_checkpoint_loses_nothing(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     checkpoints = contents(interrupted.run / "checkpoints")
 
-    def save_with_a_limit(self, round, state):
+    def save_with_a_limit(self, round, *state):
         resource.setrlimit(resource.RLIMIT_FSIZE, (512, hard))
         try:
-            save(self, round, state)
+            save(self, round, *state)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
