@@ -1,6 +1,6 @@
 """Every method on the toy, beside its oracle: the table that `test_methods_contract` and `on_devices` go through."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle_methods as by_hand
 import toy
-from compare import client_batches, client_key, flat, oracle_base, oracle_minibatches
+from compare import client_batches, client_key, close, flat, oracle_base, oracle_minibatches
 
 from fslora_jax.federation.cohort import Layout, plan_layout
 from fslora_jax.federation.round import base_keys
@@ -112,12 +112,14 @@ class Step(NamedTuple):
     moves: list[by_hand.Parameters]
 
 
-def rounds_by_hand(case: str, found: toy.Played, optimizer: str) -> Iterator[Step]:
+def rounds_by_hand(
+    case: str, found: toy.Played, optimizer: str, cohorts: Sequence[np.ndarray] = toy.COHORTS
+) -> Iterator[Step]:
     """The oracle's rounds from the package's first server on; of later ones only what chance gave."""
     method, population, known = method_of(case), population_of(case), dict(CASES[case].known)
     first = found.servers[0]
     world = by_hand.World(oracle_base(), flat(first.weights), fixed_factors(first))
-    for t, ids in enumerate(toy.COHORTS):
+    for t, ids in enumerate(cohorts):
         before, after = found.servers[t : t + 2]
         shares = population.shares[ids] / population.shares[ids].sum()
         clients = [
@@ -201,3 +203,14 @@ def effective_by_hand(world: by_hand.World) -> dict[tuple, np.ndarray]:
             a, b = a @ world.memory[(*at, "A")], world.memory[(*at, "B")]
         found[at] = w + SPEC.scales()[at[0]] * b @ a
     return found
+
+
+def check_with_hand(
+    case: str, found: toy.Played, optimizer: str, cohorts: Sequence[np.ndarray] = toy.COHORTS
+) -> None:
+    """Every round: what is evaluated, and the factors where they are unique."""
+    for step in rounds_by_hand(case, found, optimizer, cohorts):
+        svd = CASES[case].svd
+        close(effective(case, step.after), effective_by_hand(step.world), 1e-4 if svd else 2e-5)
+        if not svd:
+            close(flat(step.after.weights), step.world.x)

@@ -14,6 +14,7 @@ import optax
 import pytest
 import toy
 from compare import check_with_oracle, close, flat, fslora_with
+from contract_methods import check_with_hand, replayed
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
@@ -51,15 +52,21 @@ def test_identity_7_eight_devices_are_the_equations():
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(found.servers[-1]))
 
 
-@pytest.mark.parametrize("name", ["fslora", "fedit"])
-def test_identity_7_eight_devices_are_one_for_every_method(name):
-    """With dropout, whose masks are the client's own."""
-    method = METHODS[name].make(toy.SPEC, toy.SERVERS["average"][0])
+def test_identity_7_eight_devices_are_one_with_dropout():
+    """Whose masks are the client's own."""
     alone, spread = (
-        toy.play(method, MOMENTUM, dropout=0.4, tiered=False, mesh=mesh) for mesh in (None, toy.mesh_of(8))
+        toy.play(toy.METHOD, MOMENTUM, dropout=0.4, tiered=False, mesh=mesh)
+        for mesh in (None, toy.mesh_of(8))
     )
     close(flat(spread.servers[-1].weights), flat(alone.servers[-1].weights), 5e-6)
     close(spread.losses, alone.losses)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_eight_devices_are_the_equations_of_every_method(name):
+    found = replayed(name, "devices", toy.mesh_of(8), cohorts=toy.COHORTS[:1])
+    check_with_hand(name, found, "momentum", toy.COHORTS[:1])
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(found.servers[-1]))
 
 
 def test_identity_7_two_devices_with_chunks_in_tiers_are_the_equations():

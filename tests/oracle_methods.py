@@ -6,6 +6,7 @@ components, fresh factors) is given, never drawn.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,9 +102,7 @@ def only_moved(y: Parameters, moves: Parameters) -> Parameters:
 
 def mean_of(x: Parameters, ys: list[Parameters], shares: list[float]) -> Parameters:
     """Over all clients, of the changes."""
-    return {
-        p: v + sum(share * (y[p] - v) for y, share in zip(ys, shares, strict=True)) for p, v in x.items()
-    }
+    return {p: v + sum(share * (y[p] - v) for y, share in zip(ys, shares, strict=True)) for p, v in x.items()}
 
 
 def mean_of_trainers(
@@ -305,7 +304,7 @@ def raflora(g: Game, w: World, clients: Sequence[Asked]) -> Round:
     products = {}
     for at in w.base.w:
         total = 0.0
-        for low, high in zip(levels, levels[1:], strict=False):
+        for low, high in pairwise(levels):
             part, who = (
                 slice(low, high),
                 [(c.weight, y) for c, y in zip(clients, ys, strict=True) if c.k >= high],

@@ -29,7 +29,10 @@ class ClientOptimizer(NamedTuple):
 
 
 def masked(updates: Trainable, trains: dict[str, Rows]) -> Trainable:
-    """Updates of the rows that may move, exact zeros elsewhere: weight decay must not touch a spare one."""
+    """Gradients or updates of the rows that may move, exact zeros elsewhere.
+
+    Of gradients, since what is frozen shall not count in their norm; of updates, since decay moves whatever is there.
+    """
     adapter = {
         m: Pair(*(jnp.where(rows[..., None] > 0, u, 0.0) for u, rows in zip(pair, trains[m], strict=True)))
         for m, pair in updates.adapter.items()
@@ -68,7 +71,7 @@ def train(
     def one_client(
         rate: Array, weights: Trainable, state: PyTree, grads: Trainable, local: Local, active: Array
     ):
-        updates, moved = optimizer.direction.update(grads, state, weights)
+        updates, moved = optimizer.direction.update(masked(grads, local.trains), state, weights)
         updates = masked(jax.tree.map(lambda u: -rate * u, updates), local.trains)
         new = jax.tree.map(jnp.add, weights, updates), moved
         return jax.tree.map(partial(jnp.where, active), new, (weights, state))

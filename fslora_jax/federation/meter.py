@@ -79,9 +79,13 @@ def mean_loss(by_step: Float[np.ndarray, "C H"], done: Bool[np.ndarray, "C H"]) 
 
 
 def client_traffic(federation: Federation, k: int) -> Traffic:
-    """Bytes of one client of rank ``k`` in one round."""
-    alone = Client(*jax.tree.map(np.atleast_1d, (0, k, 1.0)))
-    down, up = federation.method.traffic(0, alone, head_values(federation))
+    """Bytes of one client of rank ``k`` in the first round, with the others of that cohort, whose stack it may get."""
+    ids = federation.cohort(0)
+    ks = np.append(k, federation.task.population.ranks[ids[1:]])
+    cohort = Client(*jax.tree.map(np.asarray, (ids, ks, np.ones(len(ids)))))
+    down, up = (
+        np.broadcast_to(x, len(ids)) for x in federation.method.traffic(0, cohort, head_values(federation))
+    )
     return Traffic(int(down[0]), int(up[0]))
 
 

@@ -47,6 +47,11 @@ def _check(config: Config, method: Method) -> None:
         raise UserError(
             f"model.quantization: found {config.model.quantization}, but {f.method} merges into the base; set none"
         )
+    if method.forward is not None and config.lora.init_from is not None:
+        raise UserError(
+            f"lora.init_from: found {config.lora.init_from}, but {f.method} trains other factors than an adapter "
+            "folder holds; leave it out, or set another federation.method"
+        )
     if traits.remembers and f.rounds_per_call > 1:
         raise UserError(
             f"federation.rounds_per_call: found {f.rounds_per_call}, but clients of {f.method} keep state, which is "

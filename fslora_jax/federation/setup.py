@@ -247,7 +247,7 @@ def different_cohorts(config: Config) -> int:
 
 def initial_server(config: Config, federation: Federation) -> Server:
     """Global weights before the first round, on the devices."""
-    server = start_server(config, federation.method, federation.task.model, federation.start)
+    server = start_server(config, federation.method, federation.task.model, federation.spec, federation.start)
     if (from_gradient := federation.method.from_gradient) is not None:
         server = jax.jit(from_gradient)(server, kernel_gradient(federation, server))
     return jax.device_put(server, replicated(federation.mesh))

@@ -9,6 +9,7 @@ from fslora_jax.adapters.start import read_start
 from fslora_jax.config import Config
 from fslora_jax.errors import UserError
 from fslora_jax.methods import Method, Server, Spec
+from fslora_jax.methods.parts import kernel_of
 from fslora_jax.models import HEAD, Model, freeze_head
 from fslora_jax.random import Purpose, device_key
 from fslora_jax.types import Head, Trainable
@@ -37,11 +38,17 @@ def starting_point(
     return freeze_head(model), {HEAD: head}, start and start._replace(head={})
 
 
-def start_server(config: Config, method: Method, model: Model, start: Trainable | None) -> Server:
-    """The server before the first round."""
+def start_server(config: Config, method: Method, model: Model, spec: Spec, start: Trainable | None) -> Server:
+    """The server before the first round; a method that draws fresh factors finds the ``start`` merged into the base."""
     adapter_key, head_key = _init_keys(config)
     server = method.init(adapter_key, model.init_head(head_key))
-    return server if start is None else server._replace(weights=start)
+    if start is None:
+        return server
+    if not method.traits.moves_base:
+        return server._replace(weights=start)
+    scales = spec.scales()
+    merged = {m: server.base_delta[m] + kernel_of(pair, scales[m]) for m, pair in start.adapter.items()}
+    return server._replace(weights=server.weights._replace(head=start.head), base_delta=merged)
 
 
 def whole_head(base: dict[str, Any], weights: Trainable) -> Head:

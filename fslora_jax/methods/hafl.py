@@ -57,7 +57,8 @@ def hafl(
 
     def sizes(round: int, clients: Client, head_values: int) -> Traffic:
         del round
-        values, indices = factor_values(spec, clients.k), drawn_indices(spec, clients.k)
+        values = factor_values(spec, clients.k)
+        indices = drawn_indices(spec._replace(share_sketch=False), clients.k)  # a ranking for each layer
         held = 0 * values + factor_values(spec, spec.r) if freeze else values
         return Traffic(down=4 * (held + indices + head_values), up=4 * (values + head_values))
 

@@ -60,7 +60,8 @@ def hetlora(
 
     ``decay`` (the paper's gamma) says which components are the tail, those from ``floor(decay k)`` on; the norm of the
     tail's B times that of its A joins the loss with ``tail_penalty``. Where it has shrunk in a round, the client drops
-    the tail for good, down to ``least_rank``. Norms are over all modules jointly.
+    the tail for good, down to ``least_rank``. Norms are over all modules jointly. Traffic is counted at the rank with
+    which a client begins the round.
     """
 
     def rank_of(client: Client) -> Array:
@@ -83,7 +84,9 @@ def hetlora(
     ) -> tuple[Payload, PyTree]:
         del key, server
         k, tail = known(client).k, tail_rows(before, decay)
-        shrunk = tail_norm(after.weights.adapter, tail) < tail_norm(before.weights.adapter, tail)
+        shrunk = tail_norm(after.weights.adapter, tail) < tail_norm(
+            before.weights.adapter, tail
+        )  # never at B = 0
         cut = jnp.minimum(k, jnp.maximum(jnp.minimum(least_rank, k), jnp.floor(decay * k).astype(k.dtype)))
         k = jnp.where(shrunk, cut, k)
         left = {
@@ -105,10 +108,11 @@ def hetlora(
         return take_step(server_optimizer, server, delta, combined.mass)
 
     def penalty(local: Local) -> Float[Array, ""]:
-        return tail_penalty * tail_norm(local.weights.adapter, tail_rows(local, decay))
+        return tail_penalty * tail_norm(local.weights.adapter, tail_rows(local, decay), EPS)
 
     def sizes(round: int, clients: Client, head_values: int) -> Traffic:
-        return prefix_traffic(spec)(round, known(clients) if clients.memory else clients, head_values)
+        down, up = prefix_traffic(spec)(round, known(clients) if clients.memory else clients, head_values)
+        return Traffic(down, up + 4)  # and its norm
 
     return fedavg_lora(spec, server_optimizer)._replace(
         download=download,
@@ -138,12 +142,14 @@ def tail_rows(local: Local, decay: float) -> dict[str, Float[Array, "N k"]]:
     return rows
 
 
-def tail_norm(adapter: Adapter, tail: dict[str, Float[Array, "N k"]]) -> Float[Array, ""]:
-    """``|B_tail| |A_tail|``, each over all modules; the offset keeps the gradient finite at B = 0."""
+def tail_norm(
+    adapter: Adapter, tail: dict[str, Float[Array, "N k"]], offset: float = 0.0
+) -> Float[Array, ""]:
+    """``|B_tail| |A_tail|``, each over all modules; an offset keeps the gradient finite at B = 0."""
 
     def norm(which: int) -> Float[Array, ""]:
         squares = [(tail[m][..., None] * pair[which] ** 2).sum() for m, pair in adapter.items()]
-        return jnp.sqrt(sum(squares) + EPS)
+        return jnp.sqrt(sum(squares) + offset)
 
     return norm(0) * norm(1)
 

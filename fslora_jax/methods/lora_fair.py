@@ -24,6 +24,8 @@ from fslora_jax.settings import Count, NonNegative, Positive
 from fslora_jax.types import Pair
 
 EPS = 1e-12
+LEAST = 1e-6
+"""The smallest relative penalty: without any, a rank above the width of A would be a singular system."""
 
 
 def lora_fair(
@@ -66,7 +68,7 @@ def ridge(residual: Float[Array, "N i o"], a: Float[Array, "N r i"], penalty: fl
     gram = jnp.einsum("nki,nji->nkj", a, a, precision=EXACT)
     size = jnp.trace(gram, axis1=-2, axis2=-1)[:, None, None] / a.shape[-2]
     seen = jnp.einsum("nki,nio->nko", a, residual, precision=EXACT)
-    return jnp.linalg.solve(gram + (penalty + EPS) * (size + EPS) * jnp.eye(a.shape[-2]), seen)
+    return jnp.linalg.solve(gram + max(penalty, LEAST) * (size + EPS) * jnp.eye(a.shape[-2]), seen)
 
 
 def descend(
