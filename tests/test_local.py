@@ -13,7 +13,7 @@ from compare import client_batches, close, drawn, flat, give, oracle_base, oracl
 
 from fslora_jax.federation import local
 from fslora_jax.federation.local import ClientOptimizer, masked, train
-from fslora_jax.types import Local, Pair, Trainable
+from fslora_jax.types import Local, Pair, Rows, Trainable
 
 CLIENT, K = 3, 3
 SCALES = dict.fromkeys(toy.TARGETS, toy.SPEC.scale)
@@ -99,7 +99,7 @@ def test_identity_5_sees_decay_of_what_was_not_drawn(monkeypatch):
 
 def test_masked_updates_are_exact_zeros():
     updates = Trainable({"q": Pair(jnp.full((1, 3, 2), jnp.nan), jnp.ones((1, 3, 4)))}, {"head": jnp.ones(2)})
-    found = masked(updates, {"q": jnp.array([[1.0, 0.0, 0.0]])})
+    found = masked(updates, {"q": Rows(*[jnp.array([[1.0, 0.0, 0.0]])] * 2)})
     assert jnp.isnan(found.adapter["q"].a[0, 0]).all()
     assert (found.adapter["q"].a[0, 1:] == 0).all()
     assert found.adapter["q"].b[0, :, 0].tolist() == [1, 0, 0]
