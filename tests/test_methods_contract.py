@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import jax
 import numpy as np
+import optax
 import oracle
 import pytest
 import toy
@@ -29,6 +30,7 @@ from contract_methods import (
     rounds_by_hand,
 )
 
+from fslora_jax.federation.local import ClientOptimizer
 from fslora_jax.methods import METHODS, Client, Server
 
 HEAD = toy.D * toy.LABELS + toy.LABELS
@@ -144,6 +146,33 @@ def global_loss(case: str, server: Server, batch: oracle.Minibatch) -> float:
     flat_head = {p: v for p, v in w.items() if p[0] == "head"}
     ones = {at: np.eye(1) for at in base.w}
     return oracle.loss_and_gradients(base, none | flat_head, SPEC.scales(), ones, batch)[0]
+
+
+class Clipped(oracle.Sgd):
+    """With gradients clipped to a norm of 0.2 over all that trains."""
+
+    def step(self, x, g, moves, t):
+        norm = np.sqrt(sum((np.where(moves[p], v, 0.0) ** 2).sum() for p, v in g.items()))
+        return super().step(x, {p: v * min(1.0, 0.2 / norm) for p, v in g.items()}, moves, t)
+
+
+def test_what_is_frozen_does_not_count_in_the_norm_that_is_clipped(monkeypatch):
+    """FFA-LoRA has a gradient at A, which it does not follow."""
+    clipping = ClientOptimizer(optax.clip_by_global_norm(0.2), toy.rate)
+    monkeypatch.setitem(toy.OPTIMIZERS, "clipped", (clipping, lambda: Clipped(toy.rate)))
+    monkeypatch.setitem(WAYS, "clipped", WAYS["masked"]._replace(optimizer="clipped"))
+    check_with_hand("ffa_lora", replayed("ffa_lora", "clipped"), "clipped")
+
+
+@pytest.mark.parametrize("case", ["fed_plora", "hafl"])
+def test_folding_or_freezing_starts_from_the_global_models_loss(case):
+    """For every k, while truncation and FSLoRA do not."""
+    for name, same in ((case, True), ("hafl of truncation", False), ("fslora", False)):
+        found = played(name, "masked")
+        for c in toy.COHORTS[0].tolist():
+            batch = oracle_minibatches(client_batches(MIXED, c, 0))[0]
+            alike = np.isclose(found.losses[0, c][0], global_loss(name, found.servers[0], batch), rtol=1e-5)
+            assert alike == (same or MIXED.ranks[c] == R)
 
 
 # --- Limits ----------------------------------------------------------------------------------------------------------
