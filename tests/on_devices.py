@@ -24,6 +24,7 @@ from fslora_jax.federation.feed import make_cohort
 from fslora_jax.federation.local import ClientOptimizer
 from fslora_jax.federation.round import base_keys
 from fslora_jax.methods import METHODS, Method, Server, fedit
+from fslora_jax.methods.wrappers.over_the_air import over_the_air
 from fslora_jax.models import build_model, weights
 from fslora_jax.models.families import find_family
 from fslora_jax.sharding import CLIENTS, replicated
@@ -67,6 +68,14 @@ def test_eight_devices_are_the_equations_of_every_method(name):
     found = replayed(name, "devices", toy.mesh_of(8), cohorts=toy.COHORTS[:1])
     check_with_hand(name, found, "momentum", toy.COHORTS[:1])
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(found.servers[-1]))
+
+
+def test_the_worst_channel_on_any_device_sets_the_gain():
+    """Three clients on eight devices: a maximum over devices, and noise that is the same on all."""
+    method = METHODS["fslora"].make(toy.SPEC, toy.SERVERS["average"][0])
+    method = over_the_air(method, toy.SPEC, threshold=0.2)
+    alone, spread = (toy.play(method, MOMENTUM, tiered=False, mesh=mesh) for mesh in (None, toy.mesh_of(8)))
+    close(flat(spread.servers[-1].weights), flat(alone.servers[-1].weights), 5e-6)
 
 
 def test_identity_7_two_devices_with_chunks_in_tiers_are_the_equations():

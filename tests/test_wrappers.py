@@ -9,6 +9,7 @@ import toy
 import wrapped
 from compare import client_batches
 
+from fslora_jax import cli
 from fslora_jax.errors import UserError
 from fslora_jax.list_methods import combinations
 from fslora_jax.methods import METHODS, WRAPPERS, whole
@@ -83,6 +84,14 @@ def test_the_table_says_what_the_mathematics_does():
     assert legal["compress"] == set(METHODS)
     assert legal["personalise"] == set(METHODS) - {"fedsa_lora"}
     assert "products" in TABLE["flexlora"]["over_the_air"]
+
+
+def test_the_table_and_its_reasons_are_printed(capsys):
+    cli.main(["methods", "--combinations"])
+    printed = " ".join(capsys.readouterr().out.split())
+    reasons = {reason for row in TABLE.values() for reason in row.values() if reason}
+    assert all(reason in printed for reason in reasons)
+    assert all(name in printed for name in METHODS)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Differential privacy of clients: clipping and noise by the round, epsilon against the exact Gaussian curve."""
 
+import json
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +99,7 @@ def test_a_smaller_part_of_the_clients_spends_less_and_more_rounds_spend_more():
     some, everybody = config(cohort=5), config()
     assert epsilon_of(some, 100) < 0.5 * epsilon_of(everybody, 100)
     assert epsilon_of(everybody, 50) < epsilon_of(everybody, 100)
+    assert epsilon_of(some, 100, sampled=False) == epsilon_of(everybody, 100)
 
 
 def test_a_budget_that_the_rounds_exceed_is_refused_with_the_numbers():
@@ -128,5 +131,8 @@ def test_a_run_says_what_it_spent(world, tmp_path):
     found = runs.records(run)
     spent = {record["round"]: record.get("privacy/epsilon") for record in found}
     settings = make_config(runs.settings(world, federation__wrappers=wrappers), "test")
-    assert spent == {0: None, 1: None, 2: epsilon_of(settings, 2), 3: None, 4: epsilon_of(settings, 4)}
+    after = partial(epsilon_of, settings, sampled=False)  # clients remember what they did not send
+    assert spent == {0: None, 1: None, 2: after(2), 3: None, 4: after(4)}
     assert found[-1]["traffic/up_bytes"] < 0.15 * found[-1]["traffic/down_bytes"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["privacy/epsilon"] == after(4)

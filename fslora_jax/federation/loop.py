@@ -87,7 +87,7 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
     clocks: list[Logger] = [JsonLines(run_dir / "timings.jsonl", kept)] if leads() else []
     keys = base_keys(config.seed, mesh)
     evaluate, meter = evaluator(federation), Meter(federation, last_record(run_dir, done))
-    private = privacy_record(config)
+    private = privacy_record(config, federation.method)
     with ExitStack() as stack:
         for opened in (*loggers, *clocks, checkpoints):
             stack.callback(opened.close)

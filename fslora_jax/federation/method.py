@@ -32,7 +32,7 @@ def is_tiered(config: Config, method: Method) -> bool:
 
 def _check(config: Config, method: Method) -> None:
     f, traits = config.federation, method.traits
-    check_privacy(config)
+    check_privacy(config, method)
     if traits.full_rank and (f.ranks != "turn" or any(ratio != 1 for ratio in f.sketching_ratios)):
         raise UserError(
             f"federation.ranks, federation.sketching_ratios: found {f.ranks}, {list(f.sketching_ratios)}, but "

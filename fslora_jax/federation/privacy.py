@@ -5,21 +5,21 @@ from typing import Any
 
 from fslora_jax.config import Config
 from fslora_jax.errors import UserError
-from fslora_jax.methods import WRAPPERS
+from fslora_jax.methods import WRAPPERS, Method
 from fslora_jax.settings import checked, options_of
 
 NAME = "clip_and_noise"
 
 
-def privacy_record(config: Config) -> Callable[[int], dict[str, float]]:
+def privacy_record(config: Config, method: Method) -> Callable[[int], dict[str, float]]:
     """``rounds -> {"privacy/epsilon": ...}`` of a run that is private, and nothing of another."""
     options = _options(config)
     if options is None or not options.noise_multiplier:
         return lambda _: {}
-    return lambda rounds: {"privacy/epsilon": epsilon_of(config, rounds)}
+    return lambda rounds: {"privacy/epsilon": epsilon_of(config, rounds, sampled=not method.traits.remembers)}
 
 
-def check_privacy(config: Config) -> None:
+def check_privacy(config: Config, method: Method) -> None:
     """Refuses a run that is less private than it shall be.
 
     Raises:
@@ -39,7 +39,7 @@ def check_privacy(config: Config) -> None:
                 "private at all; raise noise_multiplier"
             )
         return
-    spent = epsilon_of(config, f.num_rounds)
+    spent = epsilon_of(config, f.num_rounds, sampled=not method.traits.remembers)
     if options.epsilon is not None and spent > options.epsilon:
         raise UserError(
             f"federation.wrappers.{NAME}.epsilon: found {options.epsilon:g}, but {f.num_rounds} rounds of "
@@ -49,11 +49,13 @@ def check_privacy(config: Config) -> None:
         )
 
 
-def epsilon_of(config: Config, rounds: int) -> float:
+def epsilon_of(config: Config, rounds: int, *, sampled: bool = True) -> float:
     """The epsilon of so many rounds at the config's delta, for the replacement of one client by another.
 
     A cohort of fixed size drawn without replacement, each round with a Gaussian mechanism. Replacing a client moves
-    the sum by twice the clipping norm, so the accountant gets half of ``noise_multiplier``.
+    the sum by twice the clipping norm, so the accountant gets half of ``noise_multiplier``. ``sampled`` false counts
+    every round as if all took part: what a client remembers tells of the cohorts that it was in, and then their draw
+    hides nothing.
 
     Raises:
       UserError: dp-accounting is not installed.
@@ -67,11 +69,10 @@ def epsilon_of(config: Config, rounds: int) -> float:
         ) from None
     options = _options(config)
     noisy = dp_accounting.GaussianDpEvent(options.noise_multiplier / 2)
-    sampled = dp_accounting.SampledWithoutReplacementDpEvent(
-        config.population, config.clients_per_round, noisy
-    )
+    cohort = config.clients_per_round if sampled else config.population
+    event = dp_accounting.SampledWithoutReplacementDpEvent(config.population, cohort, noisy)
     accountant = RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_ONE)
-    accountant.compose(sampled, rounds)
+    accountant.compose(event, rounds)
     return float(accountant.get_epsilon(options.delta))
 
 
