@@ -129,6 +129,26 @@ def test_where_all_are_silent_the_server_keeps_what_it_has(name):
     assert int(sent.server.round) == 1
 
 
+def test_silence_moves_nothing_that_momentum_would_move():
+    momentum = optax.sgd(1.0, momentum=0.9)
+    loud, silent = (
+        over_the_air(fedit(wrapped.SPEC, momentum), wrapped.SPEC, threshold=t) for t in (0.0, 1e3)
+    )
+    first = wrapped.one_round(loud, wrapped.start(loud)).server
+    second = wrapped.one_round(silent, first).server
+    jax.tree.map(np.testing.assert_array_equal, second._replace(round=first.round), first)
+
+
+@pytest.mark.parametrize("name", ["fslora", "ffa_lora", "fedsa_lora"])
+def test_without_noise_models_are_heard_as_differences(name):
+    options = {"noise_std": 0, "threshold": 0.6}
+    one, other = (over(name, upload=upload, **options) for upload in ("difference", "model"))
+    server = wrapped.start(one)
+    expected, found = (wrapped.end(wrapped.one_round(method, server)) for method in (one, other))
+    for leaf, x in expected.items():
+        np.testing.assert_allclose(found[leaf], x, rtol=1e-5, atol=2e-6)
+
+
 def test_noise_reaches_what_somebody_sent_and_nothing_else():
     """FSLoRA with k = 1 leaves components to nobody; FFA-LoRA never moves A; personal parts never travel."""
     method = over("fslora", noise_std=1.0)

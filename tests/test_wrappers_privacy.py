@@ -17,6 +17,7 @@ from fslora_jax.config import Config, make_config
 from fslora_jax.errors import UserError
 from fslora_jax.federation.method import check_method
 from fslora_jax.federation.privacy import epsilon_of
+from fslora_jax.methods.wrappers.clip_and_noise import clip_and_noise
 
 EQUAL = (0.25,) * 4
 
@@ -55,6 +56,13 @@ def test_one_client_moves_the_sum_by_no_more_than_the_accountant_counts():
 def test_noise_has_the_size_that_the_accountant_counts_and_goes_to_what_was_drawn():
     loud, quiet = (private(clip=0.5, noise_multiplier=m) for m in (3.0, 0.0))
     server, drawn_noise = wrapped.start(loud), []
+    arrived = []  # what the method inside gets, which itself leaves alone what nobody drew
+    inside = wrapped.make("fslora")
+    listening = inside._replace(update=lambda key, server, got: arrived.append(got) or server)
+    wrapped.one_round(clip_and_noise(listening, wrapped.SPEC), server, ks=(1, 1, 1))
+    for m, pair in arrived[0].delta.adapter.items():
+        for x, rows in zip(pair, arrived[0].mass[m], strict=True):
+            assert ((np.asarray(x) != 0).any(-1) == (np.asarray(rows) > 0)).all()
     for seed in range(20):
         options = {"weights": EQUAL, "ks": (1, 1, 1, 1), "seed": seed}
         one, two = (wrapped.one_round(method, server, **options) for method in (loud, quiet))

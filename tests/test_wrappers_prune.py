@@ -49,7 +49,7 @@ def test_more_bandwidth_never_prunes_more(clients, deadline, bandwidth, factor):
     assert more <= less + 1e-6
 
 
-OPTIONS = {"deadline": 4.0, "bandwidth": 500.0, "efficiency": [1.0, 2.0, 8.0]}
+OPTIONS = {"deadline": 4.0, "bandwidth": 250.0, "efficiency": [1.0, 2.0, 8.0]}
 
 
 def test_clients_send_the_most_important_components_and_each_is_averaged_over_its_senders():
@@ -59,7 +59,7 @@ def test_clients_send_the_most_important_components_and_each_is_averaged_over_it
     up = np.asarray(method.traffic(0, sent.clients, 0).up)
     each = toy.LAYERS * sum(t.i + t.o for t in toy.TARGETS.values())
     counts = up // (4 * each)
-    assert 0 == counts.min() < counts.max()
+    assert counts.tolist() == [0, 2, 4]
     for m, pair in server.weights.adapter.items():
         a, b = map(np.asarray, pair)
         strength = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
@@ -80,7 +80,7 @@ def test_clients_send_the_most_important_components_and_each_is_averaged_over_it
 
 def test_personal_parts_are_not_pruned_and_not_counted():
     """FedSA-LoRA: B trains everywhere and stays with the client, bit by bit; fewer rows of A travel."""
-    method = wrapped.make("fedsa_lora", {"prune": OPTIONS | {"bandwidth": 250.0}})
+    method = wrapped.make("fedsa_lora", {"prune": OPTIONS | {"bandwidth": 125.0}})
     first, second = wrapped.rounds(method, 2)
     width = toy.LAYERS * sum(t.i for t in toy.TARGETS.values())
     counts = np.asarray(method.traffic(0, first.clients, 18).up) // (4 * width)
