@@ -26,6 +26,7 @@ TRAITS = {
     "own_step": "the server's step is its own: no server_optimizer",
     "sends_values": "clients send factors, not what changed in them",
     "sends_indices": "clients also send which components they drew",
+    "sends_numbers": "clients send a number beside their factors",
     "personal": "parts of the adapter stay with each client",
 }
 """What each field of `Traits` means for a user."""

@@ -13,8 +13,7 @@ from fslora_jax import cli
 from fslora_jax.errors import UserError
 from fslora_jax.list_methods import combinations
 from fslora_jax.methods import METHODS, WRAPPERS, whole
-from fslora_jax.methods.spec import drawn_indices
-from fslora_jax.methods.wrappers.uploads import count_of, sent
+from fslora_jax.methods.wrappers.uploads import bytes_beside, count_of, sent
 
 NOTHING = {
     "personalise": {"parts": []},
@@ -163,5 +162,5 @@ def test_what_travels_is_what_traffic_counts(name):
         masks = jax.vmap(lambda p: count_of(p.delta, sent(wrapped.SPEC, method.traits, p)))(done.payload)
         head = sum(x.size for x in jax.tree.leaves(done.server.weights.head))
         up = np.asarray(method.traffic(t, done.clients, head).up)
-        up = up - 4 * method.traits.sends_indices * np.asarray(drawn_indices(wrapped.SPEC, done.clients.k))
-        np.testing.assert_array_equal(np.asarray(masks) * 4, up)
+        beside = bytes_beside(wrapped.SPEC, method.traits, done.clients.k)
+        np.testing.assert_array_equal(np.asarray(masks) * 4, up - beside)

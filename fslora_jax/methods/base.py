@@ -69,7 +69,8 @@ class Traits(NamedTuple):
     ``moves_base``: the frozen kernels change over the rounds. ``remembers``: clients keep something between rounds.
     ``full_rank``: every client trains all r components. ``holds_all``: every client holds all r and trains k.
     ``own_step``: the server's step is the method's own, so there is no room for a server optimiser.
-    ``sends_values``: clients send factors, not what changed in them. ``sends_indices``: and which were drawn.
+    ``sends_values``: clients send factors, not what changed in them. ``sends_indices``: also which they drew;
+    ``sends_numbers``: so many further numbers.
     ``personal``: the parts that stay with the client, and both factors of the ``personal_layers`` last layers.
     ``wrapped``: the wrappers inside, by name.
     """
@@ -82,6 +83,7 @@ class Traits(NamedTuple):
     own_step: bool = False
     sends_values: bool = False
     sends_indices: bool = False
+    sends_numbers: int = 0
     personal: tuple[str, ...] = ()
     personal_layers: int = 0
     wrapped: tuple[str, ...] = ()

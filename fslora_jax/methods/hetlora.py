@@ -122,7 +122,7 @@ def hetlora(
         traffic=sizes,
         first_memory=first_memory,
         penalty=penalty if tail_penalty else None,
-        traits=Traits(linear=False, remembers=True, sends_values=True),
+        traits=Traits(linear=False, remembers=True, sends_values=True, sends_numbers=1),
     )
 
 

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from fslora_jax.errors import UserError
 from fslora_jax.methods.base import Client, Method, Payload, Server
-from fslora_jax.methods.spec import Spec, Traffic, drawn_indices
-from fslora_jax.methods.wrappers.uploads import count_of, held_from, put_back, sent
+from fslora_jax.methods.spec import Spec, Traffic
+from fslora_jax.methods.wrappers.uploads import bytes_beside, count_of, held_from, put_back, sent
 from fslora_jax.settings import Ratio
 from fslora_jax.types import Local, Trainable
 
@@ -82,9 +82,9 @@ def compress(
 
     def sizes(round: int, clients: Client, head_values: int) -> Traffic:
         down, up = method.traffic(round, clients, head_values)
-        indices = 4 * drawn_indices(spec, clients.k) if traits.sends_indices else 0
+        beside = bytes_beside(spec, traits, clients.k)
         tensors = 2 * len(spec.targets) + (head_values > 0 and "head" not in traits.personal)
-        return Traffic(down, indices + coded_bytes((up - indices) // 4, tensors, ratio, bits))
+        return Traffic(down, beside + coded_bytes((up - beside) // 4, tensors, ratio, bits))
 
     return method._replace(
         upload=upload,

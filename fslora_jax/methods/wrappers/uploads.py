@@ -1,13 +1,14 @@
 """What of a client's upload travels, and where its values live: shared by the wrappers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fslora_jax.methods.base import Payload, Traits
-from fslora_jax.methods.spec import Spec
+from fslora_jax.methods.spec import Spec, drawn_indices
 from fslora_jax.sketch import gather
 from fslora_jax.types import Pair, Rows, Trainable
 
@@ -34,6 +35,11 @@ def shared(spec: Spec, traits: Traits, rows: dict[str, Rows], like: Trainable) -
 def sent(spec: Spec, traits: Traits, payload: Payload) -> Trainable:
     """1 beside what one client really sends: what it trained, without what is personal."""
     return shared(spec, traits, payload.trains, payload.delta)
+
+
+def bytes_beside(spec: Spec, traits: Traits, k: Any) -> Any:
+    """Bytes up that are no values of adapter or head: which components were drawn, further numbers."""
+    return 4 * (drawn_indices(spec, k) * traits.sends_indices + traits.sends_numbers)
 
 
 def count_of(values: Trainable, mask: Trainable) -> Float[Array, ""]:
