@@ -41,7 +41,9 @@ def write_on(
       UserError: the model is a classifier, or a prompt leaves no room for ``count`` tokens.
     """
     if model.generate is None:
-        raise UserError(f"generation: found a {model.naming.architecture}; expected a language model")
+        raise UserError(
+            f"generation: found a {model.naming.architecture}; expected a language model among the decoders"
+        )
     longest = max(map(len, prompts), default=0)
     if longest + count > model.max_length:
         raise UserError(

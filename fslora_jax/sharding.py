@@ -41,7 +41,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"word_embeddings/embedding$", P(None, FSDP)),
     (r"lm_head/kernel$", P(FSDP, TENSOR)),
     (r"(position_embeddings|token_type_embeddings|relative_attention_bias)/embedding$", P()),
-    (r"pooler/dense/kernel$", P()),
+    (r"(pooler|output)/(transform\.)?dense/kernel$", P()),
     (r"(bias|scale)$", P()),
 )
 """How base weights are split, ``(pattern of the leaf's path, spec of its last dimensions)``; the first match counts."""

@@ -15,9 +15,10 @@ DEFAULT_TARGETS = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta"), ("query", "value")),
     **dict.fromkeys(("llama", "mistral", "gemma", "gemma2", "gemma3_text"), ("q_proj", "v_proj")),
     **dict.fromkeys(("qwen2", "qwen3"), ("q_proj", "v_proj")),
-    # PEFT has no default for these two; the same projections under their names.
+    # PEFT has no default for these; the same projections under their names, or what they are fused into.
     "distilbert": ("q_lin", "v_lin"),
     "mpnet": ("q", "v"),
+    "modernbert": ("Wqkv",),
 }
 """Hugging Face's ``model_type`` -> what is adapted where the config does not say, as in PEFT."""
 

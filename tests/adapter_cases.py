@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import FAMILIES, POOLINGS
+from contract import KINDS, fields_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from fslora_jax.adapters.merge import write_merged
 from fslora_jax.adapters.spec import adapter_config, client_config, model_spec
 from fslora_jax.adapters.write import write_adapter
 from fslora_jax.config import LoraConfig
@@ -25,7 +26,7 @@ with warnings.catch_warnings():
 
 R, ALPHA, LABELS = 8, 12.0, ("bad", "so so", "good")
 WORDS = ["[UNK]", "[PAD]", "a", "film", "that", "I", "will", "see", "again", "never"]
-SIZES = {"vocab_size": len(WORDS), "num_hidden_layers": 2, "pad_token_id": 1, "initializer_range": 0.4}
+SIZES = {"vocab_size": len(WORDS), "max_position_embeddings": 40, "initializer_range": 0.4}
 PATTERNS = {
     "rank_pattern": {"output.dense": 3, "query": 5},
     "alpha_pattern": {"query": 7.0, "intermediate.dense": 20.0},
@@ -37,27 +38,24 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert-dense": ("bert", "native", {"target_modules": ["dense"]}),
     "bert-patterns": ("bert", "native", {"target_modules": "all-linear", **PATTERNS}),
     "bert-regex": ("bert", "mean", {"target_modules": r".*\.(query|output\.dense)", "use_rslora": False}),
+    "bert-causal": ("bert", "causal", {"target_modules": ["dense"]}),
     "roberta": ("roberta", "native", {"target_modules": ["query", "intermediate.dense"]}),
     "roberta-mean": ("roberta", "mean", {}),
+    "roberta-causal": ("roberta", "causal", {}),
     "xlm-roberta": ("xlm-roberta", "native", {}),
     "mpnet": ("mpnet", "native", {"target_modules": ["q", "output.dense"]}),
     "distilbert": ("distilbert", "native", {"target_modules": ["q_lin", "lin1"]}),
+    "modernbert": ("modernbert", "native", {"target_modules": "all-linear"}),
+    "modernbert-mean": ("modernbert", "mean", {}),
     "llama": ("llama", "native", {"target_modules": "all-linear", "rank_pattern": {"mlp.up_proj": 3}}),
     "llama-causal": ("llama", "causal", {}),
+    "mistral": ("mistral", "native", {}),
     "qwen2-causal": ("qwen2", "causal", {"target_modules": ["q_proj", "up_proj", "down_proj"]}),
+    "qwen3-causal": ("qwen3", "causal", {"target_modules": "all-linear"}),
     "gemma2-causal": ("gemma2", "causal", {}),
+    "gemma3-causal": ("gemma3_text", "causal", {}),
 }
-"""Name of a row -> (model_type, pooling or "causal", settings of the adapter beyond r and lora_alpha)."""
-
-DECODER = {
-    "hidden_size": 16,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "intermediate_size": 24,
-    "max_position_embeddings": 20,
-    "tie_word_embeddings": True,
-}
+"""Name of a row -> (a row of the contract, settings of the adapter beyond r and lora_alpha)."""
 
 
 class Case(NamedTuple):
@@ -74,17 +72,16 @@ class Case(NamedTuple):
 
 def make_case(folder: Path, row: str) -> Case:
     """Writes the base model with a tokenizer, and draws an adapter and a head for it."""
-    model_type, pooling, settings = ROWS[row]
+    family, kind, settings = ROWS[row]
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(model_type, **(FAMILIES.get(model_type, DECODER) | SIZES))
-    transformers.AutoModel.from_config(config).save_pretrained(folder)
+    config = transformers.AutoConfig.for_model(family, **fields_of(family, kind) | SIZES)
+    KINDS[kind][0].from_config(config).save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
     ).save_pretrained(folder)
-    options = {"task": "causal"} if pooling == "causal" else {"pooling": pooling}
-    model, base = load_model(folder, num_labels=len(LABELS), **options)
+    model, base = load_model(folder, num_labels=len(LABELS), **KINDS[kind][1])
     lora = LoraConfig.model_validate({"r": R, "lora_alpha": ALPHA, **settings})
     spec, rng = model_spec(lora, model), np.random.default_rng(1)
     adapter = {
@@ -106,6 +103,15 @@ def write(folder: Path, case: Case, *, k: int | None = None, adapter: Adapter | 
     return folder
 
 
+def merge(folder: Path, case: Case, shard_bytes: int = 10**9) -> Path:
+    """The base with the global adapter in it."""
+    weights = Trainable(case.adapter, case.head)
+    write_merged(
+        folder, case.folder, case.model, case.spec, weights, label_names=LABELS, shard_bytes=shard_bytes
+    )
+    return folder
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     """Other values in ``adapter_config.json``."""
     path = folder / "adapter_config.json"
@@ -114,12 +120,8 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 def torch_base(case: Case):
     """The model in transformers, with a random head."""
-    auto = {
-        "SEQ_CLS": POOLINGS["native"],
-        "TOKEN_CLS": POOLINGS["mean"],
-        "CAUSAL_LM": transformers.AutoModelForCausalLM,
-    }[case.model.naming.task_type]
-    return auto.from_pretrained(case.folder, num_labels=len(LABELS)).eval()
+    kind = {"SEQ_CLS": "native", "TOKEN_CLS": "mean", "CAUSAL_LM": "causal"}[case.model.naming.task_type]
+    return KINDS[kind][0].from_pretrained(case.folder, num_labels=len(LABELS)).eval()
 
 
 def texts() -> tuple[np.ndarray, np.ndarray]:

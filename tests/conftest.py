@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
 
 # Nearly all of the tests' time is compilation; unoptimised machine code computes the same. Before JAX is imported.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -15,92 +14,32 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
-import jax.numpy as jnp
 import pytest
 import runs
-import torch
-import transformers
+from contract import ROWS, Tiny, make_tiny
 from hypothesis import settings
 
 from fslora_jax.archives import fetch
 from fslora_jax.errors import UserError
 from fslora_jax.hub import default_cache_dir, resolve_model
-from fslora_jax.models import Model, load_model
 from fslora_jax.packaged import PACKAGED_MODELS
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
 
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 22,
-    "num_labels": 3,
-}
-
-# A new encoder family is a new row here: model_type -> the fields of its config.
-FAMILIES = {
-    "bert": SIZES,
-    "roberta": SIZES,
-    "xlm-roberta": SIZES | {"type_vocab_size": 1, "layer_norm_eps": 1e-5},
-    "mpnet": SIZES,
-    "distilbert": {"hidden_dim" if name == "intermediate_size" else name: n for name, n in SIZES.items()},
-}
-POOLINGS = {
-    "native": transformers.AutoModelForSequenceClassification,
-    "mean": transformers.AutoModelForTokenClassification,
-}
-ENCODERS = [(family, pooling) for family in FAMILIES for pooling in POOLINGS]
-ENCODERS.remove(("xlm-roberta", "mean"))  # only names set it apart from RoBERTa
-
-
-class Tiny(NamedTuple):
-    """One checkpoint, in both libraries; ``head`` is the checkpoint's, without a client axis."""
-
-    family: str
-    pooling: str
-    folder: Path
-    hf: Any
-    model: Model
-    base: dict[str, Any]
-    head: dict[str, Any]
-
-
-def torch_head(hf: Any) -> dict[str, dict[str, Any]]:
-    """The task head of a transformers model, as this package holds it."""
-    head: dict[str, dict[str, Any]] = {}
-    for name, value in hf.named_parameters():
-        if name.startswith(("classifier", "pre_classifier")):
-            module, leaf = name.rsplit(".", 1)
-            new = {"weight": "kernel", "bias": "bias"}[leaf]
-            head.setdefault(module, {})[new] = jnp.asarray(value.detach().numpy().T)
-    return head
-
 
 @pytest.fixture(scope="session")
 def tiny_of(tmp_path_factory) -> Callable[[str, str], Tiny]:
-    """Makes the checkpoint of a family and a pooling, once."""
+    """Makes the checkpoint of a family and a kind of head, once."""
 
     @cache
-    def make(family: str, pooling: str) -> Tiny:
-        torch.manual_seed(0)
-        config = transformers.AutoConfig.for_model(family, **FAMILIES[family])
-        hf = POOLINGS[pooling].from_config(config).eval()
-        with torch.no_grad():  # also the biases and norms, whose initial values would hide a missing one
-            for value in hf.parameters():
-                value.add_(0.2 * torch.randn_like(value))
-        folder = tmp_path_factory.mktemp(f"{family}-{pooling}")
-        hf.save_pretrained(folder)
-        model, base = load_model(folder, num_labels=SIZES["num_labels"], pooling=pooling)
-        return Tiny(family, pooling, folder, hf, model, base, torch_head(hf))
+    def make(family: str, kind: str) -> Tiny:
+        return make_tiny(family, kind, tmp_path_factory.mktemp(f"{family}-{kind}"))
 
     return make
 
 
-@pytest.fixture(scope="session", params=ENCODERS, ids="-".join)
+@pytest.fixture(scope="session", params=ROWS, ids="-".join)
 def tiny(request, tiny_of) -> Tiny:
     return tiny_of(*request.param)
 

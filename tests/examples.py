@@ -27,16 +27,18 @@ def types_of(family, n):
 def make_batch(family, rows, clients=1, shape=(5, 16), examples=7, left=False):
     """The examples named by ``rows``, one list a row; all is filled up to one shape, rows perhaps on the left."""
     tokens, segments, positions, types = np.zeros((4, *shape), int)
-    tokens += family in PADDED_BY_ONE
+    tokens += 1  # padding, which some families' positions in torch depend on
+    places = np.full(shape, -1)
     for b, row in enumerate(rows):
-        start = shape[1] - sum(LENGTHS[e] for e in row) if left else 0
+        start, asked = shape[1] - sum(LENGTHS[e] for e in row) if left else 0, 0
         for e in row:
             here = slice(start, start := start + LENGTHS[e])
             tokens[b, here], segments[b, here] = TOKENS[e], e + 1
             positions[b, here], types[b, here] = np.arange(LENGTHS[e]), types_of(family, LENGTHS[e])
+            places[b, asked : (asked := asked + LENGTHS[e] - 1)] = np.arange(here.start, here.stop - 1)
     labels = np.resize(LABELS, examples)
     weights = (np.arange(examples) < len(LENGTHS)).astype(np.float32)
-    batch = Batch(tokens, segments, positions, types, labels, weights, np.zeros((shape[0], 0), int))
+    batch = Batch(tokens, segments, positions, types, labels, weights, places)
     return jax.tree.map(lambda leaf: jnp.asarray(np.stack([leaf] * clients)), batch)
 
 

@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapter_cases import LABELS, Case, global_logits, jax_logits, make_case, torch_base, torch_logits
+from adapter_cases import LABELS, Case, global_logits, jax_logits, make_case, merge, torch_base, torch_logits
 from safetensors.torch import load_file
 
-from fslora_jax.adapters.merge import write_merged
 from fslora_jax.errors import UserError
 from fslora_jax.federation.results import MODEL_OF
 from fslora_jax.models import load_model
-from fslora_jax.types import Trainable
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -25,14 +23,6 @@ with warnings.catch_warnings():
 @pytest.fixture(scope="module", params=["bert-patterns", "bert-mean", "roberta", "llama-causal"])
 def case(request, tmp_path_factory) -> Case:
     return make_case(tmp_path_factory.mktemp(request.param), request.param)
-
-
-def merge(folder, case: Case, shard_bytes: int = 10**9):
-    weights = Trainable(case.adapter, case.head)
-    write_merged(
-        folder, case.folder, case.model, case.spec, weights, label_names=LABELS, shard_bytes=shard_bytes
-    )
-    return folder
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 5000])

@@ -15,6 +15,7 @@ from adapter_cases import (
     global_logits,
     jax_logits,
     make_case,
+    merge,
     torch_base,
     torch_logits,
     write,
@@ -54,7 +55,7 @@ def test_peft_finds_every_tensor_and_no_other(tmp_path, case):
     assert not [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
 
 
-def test_peft_computes_w_plus_scale_b_a_and_our_head(tmp_path, case):
+def test_peft_and_the_merged_model_compute_w_plus_scale_b_a_and_our_head(tmp_path, case):
     naming, scales = case.model.naming, case.spec.scales()
     merged = torch_base(case)
     weights = merged.state_dict()
@@ -71,6 +72,8 @@ def test_peft_computes_w_plus_scale_b_a_and_our_head(tmp_path, case):
     theirs = torch_logits(loaded, naming.task_type)
     np.testing.assert_allclose(theirs, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(theirs, global_logits(case), rtol=1e-4, atol=1e-4)
+    ours = type(merged).from_pretrained(merge(tmp_path / "merged", case)).eval()
+    np.testing.assert_allclose(torch_logits(ours, naming.task_type), expected, rtol=1e-5, atol=1e-5)
     assert np.abs(expected - before).max() > 0.1
 
 

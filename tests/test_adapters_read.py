@@ -211,8 +211,8 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, bert):
     with pytest.raises(UserError, match=r"query is .*has None"):
         modules = {k: v for k, v in bert.model.modules.items() if "query" not in k}
         check_fits(saved, bert.model._replace(modules=modules))
-    deeper = {k: v._replace(layers=3) for k, v in bert.model.modules.items()}
-    with pytest.raises(UserError, match=r"query is Target\(.*layers=2\), but .*layers=3"):
+    deeper = {k: v._replace(layers=4) for k, v in bert.model.modules.items()}
+    with pytest.raises(UserError, match=r"query is Target\(.*layers=3\), but .*layers=4"):
         check_fits(saved, bert.model._replace(modules=deeper))
     with pytest.raises(UserError, match="head is "):
         check_fits(saved._replace(head={"classifier": {"kernel": np.ones((16, 3))}}), bert.model)

@@ -264,6 +264,16 @@ SPOILT = {
         replace(b'"hidden_size": 16', b'"hidden_size": 32'),
         "has shape",
     ),
+    "weights pickled": (
+        "model/model.safetensors",
+        lambda path: path.rename(path.with_name("pytorch_model.bin")),
+        "pickled weights can run code and are never read",
+    ),
+    "code beside the weights": (
+        "model/config.json",
+        replace(b"{", b'{"auto_map": {},'),
+        "auto_map asks for code",
+    ),
     "config cut": ("model/config.json", cut, "not JSON"),
     "tokenizer cut": ("model/tokenizer.json", cut, "not a tokenizer"),
     "tokenizer of another": (

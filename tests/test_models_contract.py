@@ -1,6 +1,7 @@
 """What every model family promises, against transformers, torch and PEFT; one table, a few programs a row."""
 
 import copy
+import math
 from functools import partial
 
 import jax
@@ -10,27 +11,26 @@ import peft
 import pytest
 import torch
 from contract import (
+    KINDS,
     LENGTHS,
-    ROWS,
-    Tiny,
+    ONE_EACH,
+    SIZES,
     batches,
     by_example,
     make_tier,
-    make_tiny,
+    torch_inputs,
     torch_outputs,
 )
+from examples import assert_close
 
 from fslora_jax import lora
-from fslora_jax.models import load_model
+from fslora_jax.models import load_model, stack
+from fslora_jax.models.families import find_family
+from fslora_jax.models.weights import sources
 from fslora_jax.types import Pair
 
 K, ALPHA = 3, 6.0
 CLIENTS = 3
-
-
-@pytest.fixture(scope="module", params=ROWS, ids="-".join)
-def tiny(request, tmp_path_factory) -> Tiny:
-    return make_tiny(*request.param, tmp_path_factory.mktemp("-".join(request.param)))
 
 
 @partial(jax.jit, static_argnames=("apply", "score"))
@@ -46,26 +46,31 @@ def outputs(apply, score, base, tier, batch):
     return grads, losses, apply(base, [tier], batch)
 
 
-def run(tiny):
-    tier = make_tier(tiny.model, tiny.head, CLIENTS, K, lora.lora_scale(K, ALPHA, use_rslora=True))
-    return tier, outputs(tiny.model.apply, tiny.model.score, tiny.base, tier, batches())
+def run(tiny, scale):
+    tier = make_tier(tiny.model, tiny.head, CLIENTS, K, scale)
+    return tier, outputs(tiny.model.apply, tiny.model.score, tiny.base, tier, batches(tiny.family))
 
 
 def with_peft(tiny, tier):
     """The torch model under PEFT with the tier's factors, and a way to name them."""
+    prefix = tiny.model.naming.layer_prefix
     config = peft.LoraConfig(
         r=K,
         lora_alpha=ALPHA,  # pyright: ignore[reportArgumentType]
         use_rslora=True,
-        target_modules=list(tiny.model.modules),
+        target_modules=[
+            prefix.format(layer=layer) + path
+            for path, t in tiny.model.modules.items()
+            for layer in range(t.layers)
+        ],
         task_type=tiny.model.naming.task_type,
     )
     wrapped = peft.get_peft_model(copy.deepcopy(tiny.hf), config).eval()
     values = dict(wrapped.named_parameters())
 
     def factors(path, layer):
-        prefix = f"base_model.model.{tiny.model.naming.layer_prefix.format(layer=layer)}{path}.lora_"
-        return values[f"{prefix}A.default.weight"], values[f"{prefix}B.default.weight"]
+        name = f"base_model.model.{prefix.format(layer=layer)}{path}.lora_"
+        return values[f"{name}A.default.weight"], values[f"{name}B.default.weight"]
 
     for path, pair in tier.weights.adapter.items():
         for layer in range(pair.a.shape[1]):
@@ -75,29 +80,23 @@ def with_peft(tiny, tier):
     return wrapped, values, factors
 
 
-def assert_close(got, want, tolerance):
-    """Relative to the largest value."""
-    got, want = np.asarray(got), np.asarray(want)
-    assert got.shape == want.shape
-    assert np.abs(got - want).max() <= tolerance * max(np.abs(want).max(), 1e-6)
-
-
 def examples_of(tiny, logits, client):
-    if tiny.task == "sequence":
+    if tiny.kind != "causal":
         return list(np.asarray(logits[client])[: len(LENGTHS)])
-    return by_example(logits[client], jax.tree.map(lambda leaf: leaf[client], batches()))
+    return by_example(logits[client], jax.tree.map(lambda leaf: leaf[client], batches(tiny.family)))
 
 
 @pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated"
 )  # peft calls transformers' alias
 def test_logits_losses_and_gradients_equal_torch_in_every_layout(tiny):
-    tier, (grads, losses, logits) = run(tiny)
+    tier, (grads, losses, logits) = run(tiny, lora.lora_scale(K, ALPHA, use_rslora=True))
     wrapped, values, factors = with_peft(tiny, tier)
     assert type(tiny.hf).__name__ == tiny.model.naming.architecture
-    loss, expected = torch_outputs(wrapped, tiny.task)
+    loss, expected = torch_outputs(wrapped, tiny)
     loss.backward()
     assert logits.dtype == jnp.float32
+    assert np.isfinite(logits).all()  # two of the seven examples are fillers without a token
     assert max(np.abs(e).max() for e in expected) > 0.3
     for client in range(CLIENTS):
         for got, want in zip(examples_of(tiny, logits, client), expected, strict=True):
@@ -107,33 +106,87 @@ def test_logits_losses_and_gradients_equal_torch_in_every_layout(tiny):
             for layer in range(pair.a.shape[1]):
                 a, b = (leaf.grad.numpy() for leaf in factors(path, layer))
                 assert np.abs(a).max() > 1e-5
-                for got, want in zip(pair, Pair(a, b.T), strict=True):
-                    assert_close(got[client, layer], want, 2e-4)
+                assert_close(jax.tree.map(lambda g, n=layer: g[client, n], pair), Pair(a, b.T), 2e-4)  # noqa: B023
         for module, leaves in grads.head.items():
-            want = values[f"base_model.model.{module}.modules_to_save.default.weight"].grad.numpy().T
-            assert_close(leaves["kernel"][client], want, 2e-4)
+            top, dot, rest = module.partition(".")
+            prefix = f"base_model.model.{top}.modules_to_save.default{dot}{rest}"
+            for leaf, name in {"kernel": "weight", "bias": "bias"}.items():
+                if leaf in leaves:
+                    assert_close(leaves[leaf][client], values[f"{prefix}.{name}"].grad.numpy().T, 2e-4)
 
 
-@pytest.mark.parametrize("tiny", [row for row in ROWS if "causal" in row], indirect=True, ids="-".join)
+@pytest.mark.parametrize("tiny", ONE_EACH, indirect=True, ids="-".join)
+def test_embedding_and_every_layer_equal_transformers(tiny, monkeypatch):
+    """What enters the first layer, and what each one gives; the logits are what the head makes of the last."""
+    found, expected = [], []
+
+    def recording(graph, weights, tiers, x, shared, each=(), **_):
+        def call(layer, *args):
+            return (y := layer(*args)), y
+
+        last, states = stack.scan_layers(call, graph, weights, tiers, x, shared, each)
+        found.extend([x, *states])
+        return last
+
+    monkeypatch.setattr(stack, "run_layers", recording)
+    tier = make_tier(tiny.model, tiny.head, CLIENTS, 1, 0.0)
+    tiny.model.apply(tiny.base, [tier], batches(tiny.family))
+    hf = copy.deepcopy(tiny.hf)
+    layers = hf.get_submodule(tiny.model.naming.layer_prefix.partition(".{layer}")[0])
+    layers[0].register_forward_pre_hook(lambda _, args: expected.append(args[0]))
+    for layer in layers:
+        layer.register_forward_hook(
+            lambda _, args, out: expected.append(out[0] if isinstance(out, tuple) else out)
+        )
+    with torch.no_grad():
+        hf(**torch_inputs(tiny))
+    assert len(found) == len(expected) == 1 + SIZES["num_hidden_layers"]
+    for mine, theirs in zip(found, expected, strict=True):
+        for client in range(CLIENTS):
+            batch = jax.tree.map(lambda leaf, n=client: leaf[n], batches(tiny.family))
+            for e, got in enumerate(by_example(mine[client], batch)):
+                assert_close(got, theirs[e, : LENGTHS[e]].numpy(), 2e-5)
+
+
+@pytest.mark.parametrize("tiny", ONE_EACH, indirect=True, ids="-".join)
 def test_bfloat16_is_near_float32(tiny):
-    model, base = load_model(tiny.folder, task=tiny.task, dtype="bfloat16")
-    tier = make_tier(model, {}, CLIENTS, K, 1.0)
-    half = jax.jit(model.apply)(base, [tier], batches())
-    full = jax.jit(tiny.model.apply)(tiny.base, [tier], batches())
-    seen = np.asarray(batches().segments) > 0
-    assert half.dtype == jnp.float32
-    assert 0 < np.linalg.norm((half - full)[seen]) / np.linalg.norm(full[seen]) < 2e-2
+    options = KINDS[tiny.kind][1] | {"num_labels": SIZES["num_labels"], "dtype": "bfloat16"}
+    model, base = load_model(tiny.folder, **options)
+    assert {leaf.dtype for leaf in jax.tree.leaves(base)} == {jnp.dtype("bfloat16")}
+    (_, (_, _, full)), (_, (grads, losses, half)) = (
+        run(mine, 1.0) for mine in (tiny, tiny._replace(model=model, base=base))
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves((grads, losses, half))} == {jnp.dtype("float32")}
+    for client in range(CLIENTS):
+        a, b = (np.concatenate(examples_of(tiny, x, client)) for x in (half, full))
+        assert 0 < np.linalg.norm(a - b) / np.linalg.norm(b) < 2e-2
 
 
-def test_base_shapes_and_modules(tiny):
+def test_shapes_and_modules(tiny):
     abstract = jax.eval_shape(tiny.model.init_base, jax.random.key(0))
-    assert jax.tree.map(jnp.shape, tiny.base) == jax.tree.map(jnp.shape, abstract)
-    assert sum(leaf.size for leaf in jax.tree.leaves((tiny.base, tiny.head))) == tiny.hf.num_parameters()
-    found = {
-        name.split(".", 3)[3]: (module.in_features, module.out_features, 3)
-        for name, module in tiny.hf.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".layers." in name
-    }
-    assert {path: (t.i, t.o, t.layers) for path, t in tiny.model.modules.items()} == found
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), tiny.base) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), abstract
+    )
+    family = find_family(tiny.hf.config.to_dict())
+    read = [s for s in sources(family, abstract) if s.name not in family.absent]
+    of_head = sum(leaf.size for leaf in jax.tree.leaves(tiny.head))
+    assert sum(math.prod(s.shape) for s in read) + of_head == tiny.hf.num_parameters()
+    layers = tiny.hf.get_submodule(tiny.model.naming.layer_prefix.partition(".{layer}")[0])
+    for layer in layers:
+        found = {
+            name: (module.in_features, module.out_features, len(layers))
+            for name, module in layer.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
+        assert {path: (t.i, t.o, t.layers) for path, t in tiny.model.modules.items()} == found
     head = jax.eval_shape(tiny.model.init_head, jax.random.key(0))
     assert jax.tree.map(jnp.shape, head) == jax.tree.map(jnp.shape, tiny.head)
+
+
+@pytest.mark.parametrize("tiny", [("bert", "native"), ("llama", "causal")], indirect=True, ids="-".join)
+def test_a_random_base_is_as_a_loaded_one(tiny):
+    random = jax.jit(tiny.model.init_base)(jax.random.key(0))
+    assert jax.tree.map(jnp.shape, random) == jax.tree.map(jnp.shape, tiny.base)
+    kernel = random["layers"]["linear"][next(iter(tiny.model.modules))]["kernel"]
+    assert not jnp.array_equal(kernel[0], kernel[1])
+    np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.1)

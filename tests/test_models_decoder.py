@@ -2,64 +2,20 @@
 
 import functools
 import re
+import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
-from contract import FAMILIES, SIZES, batches, make_tier, make_tiny
-from flax import nnx
+from contract import DECODER_SIZES, batches, make_tier, make_tiny
 from safetensors.numpy import load_file, save_file
 
 from fslora_jax import lora
 from fslora_jax.errors import UserError
-from fslora_jax.models import build_model, decoder, decoder_layer, load_model, rope, scores
+from fslora_jax.models import build_model, load_model, rope, scores
 from fslora_jax.models.decoders import DECODERS
-from fslora_jax.models.family import Options
 from fslora_jax.models.fields import Fields
-
-OPTIONS = Options("causal", 0, "native", jnp.dtype("float32"), 0.0, "xla", "none")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_embedding_each_layer_and_final_norm_equal_transformers(family, tmp_path):
-    tiny = make_tiny(family, "causal", tmp_path)
-    c = DECODERS[family].build.keywords["read"](Fields(tiny.hf.config.to_dict()))
-    batch = jax.tree.map(lambda leaf: leaf[:1], batches())
-    mask = torch.tensor(np.asarray(batch.segments[0] > 0).astype(np.float32))
-    layers, states = tiny.hf.model.layers, []
-    for layer in layers:  # the last one's output is not among the hidden states: they end with the norm
-        layer.register_forward_hook(lambda _, args, out: states.append((args[0], out)))
-    with torch.no_grad():
-        ids = torch.tensor(np.asarray(batch.tokens[0]))
-        expected = tiny.hf.model(ids, attention_mask=mask).last_hidden_state
-    states = [(jnp.asarray(a.numpy())[None], b.numpy()) for a, b in states]
-    seen = np.asarray(batch.segments[0] > 0)
-
-    def close(got, want):
-        np.testing.assert_allclose(np.asarray(got[0])[seen], np.asarray(want)[seen], atol=2e-5)
-
-    @jax.jit
-    def parts(base, inputs):
-        sight, kinds = decoder.look(c, batch), list(dict.fromkeys(c.layers))
-        outputs = []
-        for n, x in enumerate(inputs):
-            layer = decoder_layer.DecoderLayer(c, OPTIONS, nnx.Rngs(0))
-            nnx.update(layer, jax.tree.map(lambda leaf, n=n: leaf[n], base["layers"]))
-            project = functools.partial(layer.project, own=[{}], keys=None)
-            outputs.append(layer(x, project, sight, kinds.index(c.layers[n])))
-        norm = decoder_layer.RMSNorm(c, c.hidden_size, jnp.dtype("float32"))
-        nnx.update(norm, base["final"]["norm"])
-        return decoder.embed(c, base["embeddings"], batch.tokens), outputs, norm(outputs[-1])
-
-    embedded, outputs, normed = parts(tiny.base, [x for x, _ in states])
-    close(embedded, states[0][0][0])
-    for got, (_, want) in zip(outputs, states, strict=True):
-        close(got, want)
-    close(normed, expected)
-
 
 LLAMA_3B = {
     "model_type": "llama",
@@ -102,7 +58,7 @@ def small():
         "rms_norm_eps": 1e-6,
         "initializer_range": 0.3,
         "head_dim": 4,
-    } | SIZES
+    } | DECODER_SIZES
     model = build_model(config, task="causal")
     return model, jax.jit(model.init_base)(jax.random.key(0)), make_tier(model, {}, 3, 2, 1.0)
 
@@ -151,7 +107,7 @@ def test_numbers_that_old_files_hold_beside_weights_are_passed_over(tmp_path):
 
 def test_a_tied_config_beside_another_output_matrix_is_refused(tmp_path):
     """A copy of the embeddings, as some files hold one, is fine; for a classifier it does not matter at all."""
-    config = transformers.LlamaConfig(**SIZES, head_dim=4, tie_word_embeddings=True)
+    config = transformers.LlamaConfig(**DECODER_SIZES, head_dim=4, tie_word_embeddings=True)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     table = tensors["model.embed_tokens.weight"]
@@ -165,3 +121,15 @@ def test_a_tied_config_beside_another_output_matrix_is_refused(tmp_path):
     ):
         load_model(tmp_path, task="causal")
     load_model(tmp_path, num_labels=2)
+
+
+@pytest.mark.parametrize("leaf", ["weight", "bias"])
+def test_so_is_an_encoders(tiny_of, tmp_path, leaf):
+    tiny = tiny_of("roberta", "causal")
+    tensors = load_file(tiny.folder / "model.safetensors")
+    original = {"weight": "roberta.embeddings.word_embeddings.weight", "bias": "lm_head.bias"}[leaf]
+    other = {f"lm_head.decoder.{leaf}": tensors[original] + 1}
+    save_file(tensors | other, tmp_path / "model.safetensors")
+    shutil.copy(tiny.folder / "config.json", tmp_path)
+    with pytest.raises(UserError, match=rf"lm_head.decoder.{leaf}' is not a copy of '{original}'"):
+        load_model(tmp_path, task="causal")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from contract import FAMILIES, TOKENS, make_tier, make_tiny
+from contract import DECODERS, TOKENS, make_tier, make_tiny
 from test_models_contract import K, with_peft
 
 from fslora_jax import lora
@@ -39,7 +39,7 @@ def torch_writes(hf, ends):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_it_writes_what_transformers_and_peft_write(family, tmp_path):
     tiny = make_tiny(family, "causal", tmp_path)
     tier = make_tier(tiny.model, {}, 1, K, lora.lora_scale(K, 6.0, use_rslora=True))

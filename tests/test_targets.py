@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 import pytest
-from conftest import SIZES
+from contract import SIZES
 
 from fslora_jax.errors import UserError
 from fslora_jax.models import FAMILIES, build_model
@@ -82,7 +82,7 @@ def test_patterns_give_what_peft_gives(pattern):
 
 
 def test_defaults_are_pefts():
-    ours_alone = {"distilbert", "mpnet"}
+    ours_alone = {"distilbert", "mpnet", "modernbert"}
     assert set(FAMILIES) <= set(DEFAULT_TARGETS)
     for model_type, names in DEFAULT_TARGETS.items():
         assert (model_type in PEFT_DEFAULTS) == (model_type not in ours_alone)

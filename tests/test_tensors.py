@@ -55,7 +55,7 @@ def edit_index(tmp_path):
 
 @ONE_FAMILY
 def test_shards_load_as_one_file(tiny, sharded):
-    assert_same(load(sharded, tiny.pooling), tiny.base)
+    assert_same(load(sharded, tiny.kind), tiny.base)
 
 
 def test_slices_are_read_as_numpy_slices(edit_index):
@@ -110,7 +110,7 @@ def test_pickles_are_refused_with_the_way_to_convert(tmp_path, name):
 def test_pickles_beside_safetensors_are_left_alone(tiny, tmp_path):
     tiny.hf.save_pretrained(tmp_path)
     (tmp_path / "training_args.bin").write_bytes(b"\x80\x04.")
-    assert_same(load(tmp_path, tiny.pooling), tiny.base)
+    assert_same(load(tmp_path, tiny.kind), tiny.base)
 
 
 @ONE_FAMILY
@@ -121,7 +121,7 @@ def test_every_dtype_is_read_into_every_other(tiny, tmp_path, stored, dtype):
     save_file(tensors, tmp_path / WHOLE)
     (tmp_path / "config.json").write_bytes((tiny.folder / "config.json").read_bytes())
     expected = jax.tree.map(lambda x: np.asarray(x).astype(stored).astype(dtype), tiny.base)
-    assert_same(load(tmp_path, tiny.pooling, dtype=dtype), expected)
+    assert_same(load(tmp_path, tiny.kind, dtype=dtype), expected)
 
 
 @ONE_FAMILY
@@ -133,7 +133,7 @@ def test_values_that_the_dtype_cannot_hold_are_told(tiny, tmp_path, value):
     save_file(tensors, tmp_path / WHOLE)
     (tmp_path / "config.json").write_bytes((tiny.folder / "config.json").read_bytes())
     with pytest.raises(UserError, match=rf"{name}' holds values that are not finite in float16"):
-        load(tmp_path, tiny.pooling, dtype="float16")
+        load(tmp_path, tiny.kind, dtype="float16")
 
 
 def test_loading_takes_little_more_memory_than_the_model(tmp_path):

@@ -57,6 +57,11 @@ print(tokenizer.decode(tokens[0]))
 """
 )
 
+AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+}
 POOLINGS = {
     "SEQ_CLS": ("the model's own sequence classifier", "", "logits = model(**batch).logits"),
     "TOKEN_CLS": (
@@ -77,7 +82,7 @@ def model_card(naming: Naming, config: AdapterConfig, label_names: Sequence[str]
     return (LANGUAGE_MODEL if naming.task_type == "CAUSAL_LM" else CLASSIFIER).format(
         base_model=config.base_model_name_or_path,
         base_model_json=json.dumps(config.base_model_name_or_path),
-        auto_class=f"AutoModelFor{naming.architecture.partition('For')[2]}",
+        auto_class=AUTO_CLASSES[naming.task_type],
         architecture=naming.architecture,
         labels=json.dumps(list(label_names)),
         pooling=pooling,

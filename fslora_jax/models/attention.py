@@ -19,16 +19,18 @@ def attention_bias(
     positions: Int[Array, "*C B L"] | None = None,
     window: int | None = None,
     asked: tuple[Int[Array, "*C B Q"], Int[Array, "*C B Q"]] | None = None,
+    two_sided: bool = False,
 ) -> Float[Array, "*C B 1 Q L"]:
     """0 between tokens of one example, else ``LOW``.
 
     With ``positions``, a token sees only itself and earlier ones: the last ``window``, or all. ``asked`` are
-    segments and positions of the tokens that look, by default all.
+    segments and positions of the tokens that look, by default all. ``two_sided`` shows later tokens as well.
     """
     by, at = (segments, positions) if asked is None else asked
     seen = (by[..., :, None] == segments[..., None, :]) & (by > 0)[..., None]
     if positions is not None and at is not None:
         distance = at[..., :, None] - positions[..., None, :]
+        distance = jnp.abs(distance) if two_sided else distance
         seen &= (distance >= 0) if window is None else (distance >= 0) & (distance < window)
     return jnp.where(seen, 0.0, LOW)[..., None, :, :]
 

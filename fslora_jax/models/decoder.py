@@ -9,16 +9,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from fslora_jax import lora
-from fslora_jax.models import heads, rope, stack
-from fslora_jax.models.attention import attention_bias
+from fslora_jax.models import heads, stack
 from fslora_jax.models.decoder_layer import (
     Config,
     DecoderLayer,
     Memory,
     RMSNorm,
     Sight,
+    kinds_of,
     linear,
     linear_modules,
+    look,
 )
 from fslora_jax.models.family import Options
 from fslora_jax.models.generate import Span, generate
@@ -94,9 +95,16 @@ def _hidden(
 ) -> Float[Array, "C B L D"]:
     """The normalised states after the last layer."""
     x = embed(c, gathered(base["embeddings"]), batch.tokens)
-    each = (kinds_of(c),)
+    each, sight = (kinds_of(c.layers),), look(c.layers, c.head_dim, batch)
     x = stack.run_layers(
-        graphs["layers"], base["layers"], tiers, x, look(c, batch), each, dropout=dropout, remat=remat
+        graphs["layers"],
+        base["layers"],
+        tiers,
+        x,
+        sight,
+        each,
+        dropout=dropout,
+        remat=remat,
     )
     return nnx.merge(graphs["final"], base["final"])["norm"](x)
 
@@ -120,7 +128,7 @@ def recall(
         return layer.attend(x, project, sight, kind, lambda own: memory.write(own, at))
 
     x = embed(c, gathered(base["embeddings"]), new.tokens)
-    given = look(c, text, new), (kinds_of(c), memory)
+    given = look(c.layers, c.head_dim, text, new), (kinds_of(c.layers), memory)
     x, own = stack.scan_layers(call, graphs["layers"], base["layers"], tiers, x, *given)
     return nnx.merge(graphs["final"], base["final"])["norm"](x), memory.write(own, at)
 
@@ -131,32 +139,10 @@ def no_memory(c: Config, dtype: jnp.dtype, clients: int, rows: int, length: int)
     return Memory(zeros, zeros)
 
 
-def kinds_of(c: Config) -> Int[Array, " N"]:
-    """Which kind, in the order of their first layer, each layer is of."""
-    kinds = list(dict.fromkeys(c.layers))
-    return jnp.array([kinds.index(kind) for kind in c.layers])
-
-
 def embed(c: Config, weights: dict[str, Any], tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
     """What enters the first layer; Gemma scales it, by a number rounded to the dtype."""
     x = weights["embed_tokens"]["embedding"][tokens]
     return x * jnp.asarray(c.embedding_scale, x.dtype)
-
-
-def look(c: Config, batch: Batch | Span, asked: Batch | Span | None = None) -> Sight:
-    """What the layers see of packed rows, for each kind of layer in the order of their first one.
-
-    ``asked`` are the tokens that look, by default all.
-    """
-    asked = batch if asked is None else asked
-    sights = [
-        Sight(
-            attention_bias(batch.segments, batch.positions, kind.window, (asked.segments, asked.positions)),
-            rope.rotations(asked.positions, rope.frequencies(kind.rope, c.head_dim)),
-        )
-        for kind in dict.fromkeys(c.layers)
-    ]
-    return Sight(*(jnp.stack(leaves) for leaves in zip(*sights, strict=True)))
 
 
 def _classify(

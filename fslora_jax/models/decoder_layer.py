@@ -9,9 +9,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fslora_jax.models import rope
-from fslora_jax.models.attention import attention
+from fslora_jax.models.attention import attention, attention_bias
 from fslora_jax.models.family import Options
+from fslora_jax.models.generate import Span
 from fslora_jax.models.layers import ACTIVATIONS, Layer, Project
+from fslora_jax.types import Batch
 
 
 class Kind(NamedTuple):
@@ -57,6 +59,35 @@ class Sight(NamedTuple):
 
     bias: Float[Array, "kinds C B 1 Q L"]
     rotation: Float[Array, "kinds 2 C B Q 1 half"]
+
+
+def kinds_of(layers: tuple[Kind, ...]) -> Int[Array, " N"]:
+    """Which kind, in the order of their first layer, each layer is of."""
+    kinds = list(dict.fromkeys(layers))
+    return jnp.array([kinds.index(kind) for kind in layers])
+
+
+def look(
+    layers: tuple[Kind, ...],
+    head_dim: int,
+    batch: Batch | Span,
+    asked: Batch | Span | None = None,
+    two_sided: bool = False,
+) -> Sight:
+    """What the layers see of packed rows, for each kind of layer in the order of their first one.
+
+    ``asked`` are the tokens that look, by default all; ``two_sided`` as in ``attention_bias``.
+    """
+    asked = batch if asked is None else asked
+    at = asked.segments, asked.positions
+    sights = [
+        Sight(
+            attention_bias(batch.segments, batch.positions, kind.window, at, two_sided),
+            rope.rotations(asked.positions, rope.frequencies(kind.rope, head_dim)),
+        )
+        for kind in dict.fromkeys(layers)
+    ]
+    return Sight(*(jnp.stack(leaves) for leaves in zip(*sights, strict=True)))
 
 
 class Memory(NamedTuple):

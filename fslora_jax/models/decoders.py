@@ -12,9 +12,7 @@ from fslora_jax.models.family import Family, Options
 from fslora_jax.models.fields import Fields
 from fslora_jax.models.layers import ACTIVATIONS
 from fslora_jax.models.model import Model, Naming
-from fslora_jax.models.rope import Rope, read_parameters, read_rope
-
-SLIDING, FULL = "sliding_attention", "full_attention"
+from fslora_jax.models.rope import FULL, SLIDING, Rope, read_rope, read_two_ropes
 
 
 def _decoder(
@@ -73,7 +71,7 @@ def _alike(fields: Fields, kind: Kind) -> tuple[Kind, ...]:
     return (kind,) * fields.read("num_hidden_layers", int)
 
 
-def _by_type(fields: Fields, kinds: dict[str, Kind], slides: Callable[[int], bool]) -> tuple[Kind, ...]:
+def by_type(fields: Fields, kinds: dict[str, Kind], slides: Callable[[int], bool]) -> tuple[Kind, ...]:
     """Each layer's kind, from ``layer_types`` or by the family's rule of which number slides."""
     count = fields.read("num_hidden_layers", int)
     rule = [SLIDING if slides(n) else FULL for n in range(count)]
@@ -113,7 +111,7 @@ def _qwen(fields: Fields, **differing: Any) -> Config:
     first = fields.read("max_window_layers", int, None if on else 0, zero=True)
     if on and window is not None:
         kinds[SLIDING] = kinds[FULL]._replace(window=window)
-    layers = _by_type(fields, kinds, lambda n: SLIDING in kinds and n >= first)
+    layers = by_type(fields, kinds, lambda n: SLIDING in kinds and n >= first)
     return Config(**_common(fields), layers=layers, **differing)
 
 
@@ -148,7 +146,7 @@ def _gemma2(fields: Fields) -> Config:
     kinds = {FULL: Kind(None, rope), SLIDING: Kind(fields.read("sliding_window", int), rope)}
     return _gemma(
         fields,
-        layers=_by_type(fields, kinds, lambda n: n % 2 == 0),
+        layers=by_type(fields, kinds, lambda n: n % 2 == 0),
         attention_cap=fields.optional("attn_logit_softcapping", float, there=True),
         logit_cap=fields.optional("final_logit_softcapping", float, there=True),
     )
@@ -163,7 +161,7 @@ def _gemma3(fields: Fields) -> Config:
     kinds = {FULL: Kind(None, far), SLIDING: Kind(fields.read("sliding_window", int), near)}
     return _gemma(
         fields,
-        layers=_by_type(fields, kinds, lambda n: (n + 1) % every != 0),
+        layers=by_type(fields, kinds, lambda n: (n + 1) % every != 0),
         qk_norm=True,
         logit_cap=fields.optional("final_logit_softcapping", float),
     )
@@ -172,18 +170,8 @@ def _gemma3(fields: Fields) -> Config:
 def _two_ropes(fields: Fields) -> tuple[Rope, Rope]:
     """Gemma 3's rotations of full and of sliding layers; in the older form only the first is ever scaled."""
     local = fields.read("rope_local_base_freq", float, 10_000.0)
-    nested = fields.child("rope_parameters")
-    if nested is None:
-        return read_rope(fields, theta=1_000_000.0), Rope(local)
-    far, near = nested.child(FULL), nested.child(SLIDING)
-    nested.finish()
-    if far is None or near is None:
-        raise UserError(f"config.json: rope_parameters lacks {FULL} or {SLIDING}; take the file of the model")
-    fields.require(rope_scaling=None)
-    return (
-        read_parameters(far, fields.read("rope_theta", float, 1_000_000.0), fields),
-        read_parameters(near, local, fields),
-    )
+    both = read_two_ropes(fields, fields.read("rope_theta", float, 1_000_000.0), local)
+    return both or (read_rope(fields, theta=1_000_000.0), Rope(local))
 
 
 _CONTAINERS = {"embeddings": "", "layers": "layers.{layer}.", "final": "", "output": ""}
@@ -202,6 +190,7 @@ def _row(name: str, read: Callable[[Fields], Config], **classes: str) -> Family:
         architecture=name,
         containers=_CONTAINERS,
         ignored=("lm_head.", "score."),
+        tied={"lm_head.weight": "embed_tokens.weight"},
     )
 
 

@@ -1,4 +1,7 @@
-"""The network of BERT-like encoders with a classification head; attributes carry Hugging Face's names."""
+"""The network of BERT-like encoders, with a classification head or one that predicts next tokens.
+
+Attributes carry Hugging Face's names.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +17,7 @@ from fslora_jax.models.attention import attention, attention_bias
 from fslora_jax.models.family import Options
 from fslora_jax.models.layers import ACTIVATIONS, Layer, Project
 from fslora_jax.models.model import Model, Naming
-from fslora_jax.models.scores import score_labels
+from fslora_jax.models.scores import score_labels, score_next
 from fslora_jax.sharding import gathered
 from fslora_jax.types import Batch, Local
 
@@ -53,13 +56,25 @@ class Names(NamedTuple):
     mlp_norm: str
 
 
+class Output(NamedTuple):
+    """The head of a family's language model: its modules' names, the activation in between, the class's ending.
+
+    Products with the word embeddings follow, and a bias.
+    """
+
+    dense: str
+    norm: str
+    act: str
+    suffix: str
+
+
 class Variant(NamedTuple):
     """What sets families and heads apart beyond ``Config``.
 
     ``pooling`` as in ``heads.pool``; ``pooler`` says that a frozen dense layer with tanh follows it; ``head``
     names the head's linear modules in order, with ``between`` applied in between; positions start at row
     ``first_position`` of their table; ``relative`` says that scores depend on the distance as well, by one
-    table for all layers.
+    table for all layers. With an ``output``, tokens see only earlier ones and predict the next.
     """
 
     names: Names
@@ -69,19 +84,28 @@ class Variant(NamedTuple):
     between: Callable[[Array], Array]
     first_position: int
     relative: bool
+    output: Output | None = None
 
 
 def encoder(c: Config, variant: Variant, options: Options, naming: Naming) -> Model:
     """The model of a config; it computes in ``options.dtype``, its logits are float32."""
     parts = _parts(c, variant, options)
+    graphs = stack.graphs(parts)
+    hidden = partial(_hidden, graphs, variant, options)
+    if variant.output is None:
+        apply = partial(_classify, hidden, graphs, variant, options)
+        score = partial(score_labels, apply)
+    else:
+        logits = partial(_next_logits, graphs["output"], variant.output)
+        apply = partial(_predict, hidden, logits)
+        score = partial(score_next, hidden, logits)
     modules = {
         path: lora.Target(i, o, c.num_hidden_layers)
         for path, (i, o) in linear_sizes(c, variant.names).items()
     }
-    apply = partial(_apply, stack.graphs(parts), variant, options)
     return Model(
         apply=apply,
-        score=partial(score_labels, apply),
+        score=score,
         init_base=partial(stack.init_base, parts, c.num_hidden_layers),
         init_head=partial(
             heads.init_head, variant.head, c.hidden_size, options.num_labels, c.initializer_range
@@ -113,6 +137,12 @@ def _parts(c: Config, variant: Variant, options: Options) -> stack.Parts:
         buckets = table(c, RELATIVE_BUCKETS, c.num_attention_heads, dtype, rngs)
         return nnx.Dict({"relative_attention_bias": buckets})
 
+    def output(names: Output, rngs: nnx.Rngs) -> nnx.Module:
+        dense, norm = linear(c, width, width, dtype, rngs), layer_norm(c, dtype, rngs)
+        return nnx.Dict(
+            {names.dense: dense, names.norm: norm, "bias": nnx.Param(jnp.zeros(c.vocab_size, dtype))}
+        )
+
     parts = {
         "embeddings": lambda rngs: Embeddings(c, variant.first_position, dtype, rngs),
         "layers": lambda rngs: EncoderLayer(c, variant.names, options, rngs),
@@ -121,10 +151,33 @@ def _parts(c: Config, variant: Variant, options: Options) -> stack.Parts:
         parts["relative"] = relative
     if variant.pooler:
         parts["pooler"] = lambda rngs: nnx.Dict({"dense": linear(c, width, width, dtype, rngs)})
+    if variant.output:
+        parts["output"] = partial(output, variant.output)
     return parts
 
 
-def _apply(
+def _hidden(
+    graphs: dict[str, nnx.GraphDef],
+    variant: Variant,
+    options: Options,
+    base: dict[str, Any],
+    tiers: Sequence[Local],
+    batch: Batch,
+    dropout: Key[Array, " C"] | None = None,
+) -> Float[Array, "C B L D"]:
+    """The states after the last layer."""
+    x = nnx.merge(graphs["embeddings"], gathered(base["embeddings"]))(batch)
+    bias = attention_bias(batch.segments, batch.positions if variant.output else None)
+    if variant.relative:
+        buckets = nnx.merge(graphs["relative"], base["relative"])["relative_attention_bias"]
+        bias += jnp.moveaxis(buckets(relative_buckets(batch.positions)).astype(bias.dtype), -1, 2)
+    return stack.run_layers(
+        graphs["layers"], base["layers"], tiers, x, bias, dropout=dropout, remat=options.remat
+    )
+
+
+def _classify(
+    hidden: Callable[..., Float[Array, "C B L D"]],
     graphs: dict[str, nnx.GraphDef],
     variant: Variant,
     options: Options,
@@ -133,20 +186,33 @@ def _apply(
     batch: Batch,
     dropout: Key[Array, " C"] | None = None,
 ) -> Float[Array, "C E labels"]:
-    x = nnx.merge(graphs["embeddings"], gathered(base["embeddings"]))(batch)
-    bias = attention_bias(batch.segments)
-    if variant.relative:
-        buckets = nnx.merge(graphs["relative"], base["relative"])["relative_attention_bias"]
-        bias += jnp.moveaxis(buckets(relative_buckets(batch.positions)).astype(bias.dtype), -1, 2)
-    x = stack.run_layers(
-        graphs["layers"], base["layers"], tiers, x, bias, dropout=dropout, remat=options.remat
-    )
-    x = heads.pool(x, batch, variant.pooling)
+    x = heads.pool(hidden(base, tiers, batch, dropout), batch, variant.pooling)
     if variant.pooler:
         dense = nnx.merge(graphs["pooler"], base["pooler"])["dense"]
         x = jnp.tanh(dense(x.astype(options.dtype)).astype(jnp.float32))
     classify = partial(heads.classify, variant.head, between=variant.between)
     return lora.per_client(classify, [tier.weights.head for tier in tiers], x)
+
+
+def _predict(
+    hidden: Callable[..., Float[Array, "C B L D"]],
+    logits: Callable[..., Float[Array, "C B L V"]],
+    base: dict[str, Any],
+    tiers: Sequence[Local],
+    batch: Batch,
+    dropout: Key[Array, " C"] | None = None,
+) -> Float[Array, "C B L V"]:
+    return logits(base, hidden(base, tiers, batch, dropout))
+
+
+def _next_logits(
+    graph: nnx.GraphDef, names: Output, base: dict[str, Any], x: Float[Array, "*rows D"]
+) -> Float[Array, "*rows V"]:
+    """What the model expects after tokens with these states, in float32."""
+    head = nnx.merge(graph, base["output"])
+    x = head[names.norm](ACTIVATIONS[names.act](head[names.dense](x)))
+    words = gathered(base["embeddings"])["word_embeddings"]["embedding"].T
+    return jnp.matmul(x, words, preferred_element_type=jnp.float32) + head["bias"][...]
 
 
 def relative_buckets(positions: Int[Array, "*C L"]) -> Int[Array, "*C L L"]:

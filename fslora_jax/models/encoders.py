@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fslora_jax.errors import UserError
-from fslora_jax.models.encoder import RELATIVE_BUCKETS, Config, Names, Variant, encoder
+from fslora_jax.models.encoder import RELATIVE_BUCKETS, Config, Names, Output, Variant, encoder
 from fslora_jax.models.family import Family, Options
 from fslora_jax.models.fields import Fields, check_choice
 from fslora_jax.models.layers import ACTIVATIONS
@@ -20,7 +20,8 @@ class Traits(NamedTuple):
     """One family among BERT's kin.
 
     ``head``, ``between`` and ``pooler`` describe the family's own classifier, as ``encoder.Variant`` has them;
-    ``after_padding`` says that position 0 is the row after ``pad_token_id``. Numbers of ``encoder.Config`` may
+    ``after_padding`` says that position 0 is the row after ``pad_token_id``; ``output`` is the language model's head,
+    where transformers has one; its activation is ``hidden_act`` if it is empty. Numbers of ``encoder.Config`` may
     be ``renamed`` in ``config.json``, or ``given`` by the family; fields that are ``required`` have one value,
     ``unused`` ones change nothing.
     """
@@ -31,6 +32,7 @@ class Traits(NamedTuple):
     pooler: bool = False
     after_padding: bool = False
     relative: bool = False
+    output: Output | None = None
     renamed: Mapping[str, str] = MappingProxyType({})
     given: Mapping[str, Any] = MappingProxyType({})
     required: Mapping[str, Any] = MappingProxyType({})
@@ -38,10 +40,15 @@ class Traits(NamedTuple):
 
 
 def _build(family: Family, fields: Fields, options: Options, *, traits: Traits) -> Model:
-    check_choice("model.task", options.task, ("sequence",))
+    check_choice("model.task", options.task, ("sequence", "causal") if traits.output else ("sequence",))
+    causal = options.task == "causal"
+    if fields.read("is_decoder", bool, False) != causal:
+        raise UserError(
+            f"config.json: is_decoder is {not causal}; expected {causal}, as model.task is {options.task!r}; "
+            "set the one that you mean"
+        )
     fields.require(
         position_embedding_type="absolute",
-        is_decoder=False,
         add_cross_attention=False,
         is_encoder_decoder=False,
         tie_word_embeddings=True,
@@ -54,13 +61,16 @@ def _build(family: Family, fields: Fields, options: Options, *, traits: Traits) 
     variant = Variant(
         names=traits.names,
         pooling="first" if native else "mean",
-        pooler=native and traits.pooler,
+        pooler=native and traits.pooler and not causal,
         head=traits.head if native else ("classifier",),
         between=traits.between,
         first_position=fields.read("pad_token_id", int, zero=True) + 1 if traits.after_padding else 0,
         relative=traits.relative,
     )
-    return encoder(c, variant, options, _naming(family, native, variant.head))
+    if causal and traits.output:
+        output = traits.output._replace(act=traits.output.act or c.hidden_act)
+        variant = variant._replace(head=(), output=output)
+    return encoder(c, variant, options, _naming(family, variant, native))
 
 
 def _check(c: Config, fields: Fields, renamed: Mapping[str, str]) -> None:
@@ -74,14 +84,20 @@ def _check(c: Config, fields: Fields, renamed: Mapping[str, str]) -> None:
         )
 
 
-def _naming(family: Family, native: bool, head: tuple[str, ...]) -> Naming:
+def _naming(family: Family, variant: Variant, native: bool) -> Naming:
     # A linear head on a mean of tokens equals the mean of a token classifier's logits.
-    task, suffix = ("SEQ_CLS", "Sequence") if native else ("TOKEN_CLS", "Token")
+    task, suffix = (
+        ("CAUSAL_LM", variant.output.suffix)
+        if variant.output
+        else ("SEQ_CLS", "ForSequenceClassification")
+        if native
+        else ("TOKEN_CLS", "ForTokenClassification")
+    )
     return Naming(
         layer_prefix=family.prefix + family.containers["layers"],
         task_type=task,
-        head_modules=tuple(dict.fromkeys(name.partition(".")[0] for name in head)),
-        architecture=f"{family.architecture}For{suffix}Classification",
+        head_modules=tuple(dict.fromkeys(name.partition(".")[0] for name in variant.head)),
+        architecture=family.architecture + suffix,
     )
 
 
@@ -118,23 +134,32 @@ _DISTILBERT = Names(
 
 _CONTAINERS = {"embeddings": "embeddings.", "layers": "encoder.layer.{layer}."}
 _IGNORED = ("classifier.", "qa_outputs.", "pooler.", "embeddings.position_ids", "embeddings.token_type_ids")
+_WORDS = "embeddings.word_embeddings.weight"
 _DENSE_HEAD = ("classifier.dense", "classifier.out_proj")
 
+_BERT_OUTPUT = Output("transform.dense", "transform.LayerNorm", act="", suffix="LMHeadModel")
+_ROBERTA_OUTPUT = Output("dense", "layer_norm", act="gelu", suffix="ForCausalLM")
+
 _ROBERTA = Family(
-    build=partial(_build, traits=Traits(_BERT, _DENSE_HEAD, after_padding=True)),
+    build=partial(_build, traits=Traits(_BERT, _DENSE_HEAD, after_padding=True, output=_ROBERTA_OUTPUT)),
     prefix="roberta.",
     architecture="Roberta",
-    containers=_CONTAINERS,
+    containers=_CONTAINERS | {"output": "lm_head."},
     ignored=("lm_head.", *_IGNORED),
+    tied={"lm_head.decoder.weight": _WORDS, "lm_head.decoder.bias": "lm_head.bias"},
 )
 
 ENCODERS = {
     "bert": Family(
-        build=partial(_build, traits=Traits(_BERT, head=("classifier",), pooler=True)),
+        build=partial(_build, traits=Traits(_BERT, head=("classifier",), pooler=True, output=_BERT_OUTPUT)),
         prefix="bert.",
         architecture="Bert",
-        containers=_CONTAINERS | {"pooler": "pooler."},
+        containers=_CONTAINERS | {"pooler": "pooler.", "output": "cls.predictions."},
         ignored=("cls.", *_IGNORED),
+        tied={
+            "cls.predictions.decoder.weight": _WORDS,
+            "cls.predictions.decoder.bias": "cls.predictions.bias",
+        },
     ),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA._replace(architecture="XLMRoberta"),

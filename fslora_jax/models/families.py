@@ -11,10 +11,11 @@ from fslora_jax.models.encoders import ENCODERS
 from fslora_jax.models.family import Family, Options
 from fslora_jax.models.fields import Fields, check_choice
 from fslora_jax.models.model import Model
+from fslora_jax.models.modern import MODERN
 from fslora_jax.models.quantise import QUANTISATIONS, quantise
 from fslora_jax.models.stack import REMAT
 
-FAMILIES: dict[str, Family] = {**ENCODERS, **DECODERS}
+FAMILIES: dict[str, Family] = {**ENCODERS, **MODERN, **DECODERS}
 """``model_type`` of Hugging Face -> what it is here."""
 
 HEADS = ("num_attention_heads", "n_heads")

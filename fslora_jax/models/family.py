@@ -1,6 +1,7 @@
 """What one family of models is to the rest of the package."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -26,7 +27,9 @@ class Family(NamedTuple):
 
     ``prefix`` is the base's path in a class with a task head, ``architecture`` the beginning of such a class's
     name; ``containers`` says where each top-level key of the base lies below the prefix; ``ignored`` are the
-    beginnings of tensors that a checkpoint may hold for other tasks. ``build(family, fields, options)`` reads
+    beginnings of tensors that a checkpoint may hold for other tasks; ``tied`` are copies of other tensors where the
+    config ties a language model's output, ``absent`` what equal
+    layers have in the base and files never hold, all ones. ``build(family, fields, options)`` reads
     every field that it knows; ``build_model`` refuses the others.
     """
 
@@ -35,3 +38,5 @@ class Family(NamedTuple):
     architecture: str
     containers: dict[str, str]
     ignored: tuple[str, ...]
+    absent: tuple[str, ...] = ()
+    tied: Mapping[str, str] = MappingProxyType({})

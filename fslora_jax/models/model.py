@@ -44,7 +44,7 @@ class Model(NamedTuple):
     - ``max_length``: the longest example, in tokens.
     - ``model_type`` and ``heads`` (of attention): ``config.json``'s, set by ``build_model``.
     - ``generate(base, tiers, tokens, lengths, ends, count) -> tokens (C, B, count)``: what a language model writes,
-      as ``generate.generate``; None for a classifier.
+      as ``generate.generate``; None for a classifier and for encoders.
     """
 
     apply: Callable[..., Float[Array, "C E labels"]]

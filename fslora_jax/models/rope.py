@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from fslora_jax.errors import UserError
 from fslora_jax.models.fields import Fields
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+"""What ``config.json`` calls the two kinds of layers."""
 
 
 class Llama3(NamedTuple):
@@ -54,6 +58,22 @@ def read_parameters(given: Fields, theta: float, fields: Fields) -> Rope:
         )
     given.finish()
     return rope
+
+
+def read_two_ropes(fields: Fields, far: float, near: float) -> tuple[Rope, Rope] | None:
+    """The rotations of full and of sliding layers, where ``rope_parameters`` has both.
+
+    ``far`` and ``near`` are their bases where it does not say.
+    """
+    nested = fields.child("rope_parameters")
+    if nested is None:
+        return None
+    given = nested.child(FULL), nested.child(SLIDING)
+    nested.finish()
+    fields.require(rope_scaling=None)
+    if given[0] is None or given[1] is None:
+        raise UserError(f"config.json: rope_parameters lacks {FULL} or {SLIDING}; take the file of the model")
+    return read_parameters(given[0], far, fields), read_parameters(given[1], near, fields)
 
 
 def frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, " half"]:

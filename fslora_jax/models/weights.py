@@ -1,5 +1,6 @@
 """Hugging Face checkpoints to base weights, through one table, strict in both directions."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,8 +68,8 @@ def load_model(
     config, checkpoint = open_folder(folder)
     model = build_model(config, **options)
     family, abstract = find_family(config), jax.eval_shape(model.init_base, jax.random.key(0))
-    if options.get("task") == "causal" and "output" not in abstract:
-        _check_tied(checkpoint, family)
+    if options.get("task") == "causal":
+        _check_tied(checkpoint, family, {source.name for source in sources(family, abstract)})
     return model, read_base(checkpoint, family, abstract, placement)
 
 
@@ -91,6 +92,8 @@ def class_tensors(folder: Path, model: Model) -> tuple[Mapping[str, Any], dict[s
     of_class = any(name.startswith(family.prefix) for name in checkpoint.tensors)
     named = {}
     for source, tensor in zip(table, _match(checkpoint, family, table), strict=True):
+        if source.name in family.absent:
+            continue
         outside = of_class and not tensor.name.startswith(family.prefix)  # such as lm_head
         named[source.name if outside else family.prefix + source.name] = tensor
     return config, named
@@ -199,8 +202,9 @@ def sources(family: Family, abstract: dict[str, Any]) -> Iterator[Source]:
     """The table: every tensor that the base needs, named without the family's prefix."""
     for n, (path, leaf) in enumerate(jax.tree.leaves_with_path(abstract, is_leaf=is_packed)):
         whole = shape_of(leaf) if is_packed(leaf) else leaf.shape
-        container, *_, module, kind = (entry.key for entry in path)
-        template = f"{family.containers[container]}{module}.{LEAVES[kind]}"
+        container, *within, kind = (entry.key for entry in path)
+        module = "".join(f"{name}." for name in within[-1:])  # none has a bias that is the container's own
+        template = f"{family.containers[container]}{module}{LEAVES[kind]}"
         stacked = "{layer}" in template
         shape = whole[1:] if stacked else whole
         transpose = kind == "kernel"
@@ -219,12 +223,12 @@ def _match(checkpoint: Checkpoint, family: Family, table: list[Source]) -> list[
                 f"{path}: {keys[name]!r} and {key!r} are the same tensor {name!r}; expected one of them"
             )
         keys[name] = key
-    missing = [source.name for source in table if source.name not in keys]
+    missing = [source.name for source in table if source.name not in keys | dict.fromkeys(family.absent)]
     if missing:
         raise UserError(
             f"{path}: tensor {missing[0]!r} is missing ({len(missing)} in all); {_advice(missing[0])}"
         )
-    known = {source.name for source in table}
+    known = {source.name for source in table} - set(family.absent)
     spare = {name for name in keys if name.startswith(family.ignored) or name.endswith(OLD_BUFFERS)}
     unknown = [key for name, key in keys.items() if name not in known | spare]
     if unknown:
@@ -232,28 +236,43 @@ def _match(checkpoint: Checkpoint, family: Family, table: list[Source]) -> list[
             f"{path}: unknown tensor {unknown[0]!r} ({len(unknown)} in all); "
             f"expected {len(table)} tensors of config.json's model, such as {table[0].name!r}"
         )
-    tensors = [checkpoint.tensors[keys[source.name]] for source in table]
+    tensors = [
+        checkpoint.tensors[keys[source.name]] if source.name in keys else _ones(path, source)
+        for source in table
+    ]
     for source, tensor in zip(table, tensors, strict=True):
         _check_tensor(source, tensor)
     return tensors
 
 
-def _check_tied(checkpoint: Checkpoint, family: Family) -> None:
-    """Refuses an output matrix of its own beside a config that ties it to the embeddings; none, or a copy, is fine."""
+def _ones(path: Path, source: Source) -> Tensor:
+    """What stands for a tensor that files of a family never hold."""
+    return Tensor(
+        path, source.name, source.shape, "F32", lambda at: np.ones([s.stop - s.start for s in at], np.float32)
+    )
+
+
+def _check_tied(checkpoint: Checkpoint, family: Family, used: set[str]) -> None:
+    """Refuses an output of its own beside a config that ties it; none, or a copy, is fine, and so is one in use."""
     by_name = {canonical(key, family): tensor for key, tensor in checkpoint.tensors.items()}
-    table, output = by_name.get("embed_tokens.weight"), by_name.get("lm_head.weight")
-    if table is None or output is None:
-        return
-    step = max(1, CHUNK // table.shape[-1])
-    rows = [slice(start, min(start + step, table.shape[0])) for start in range(0, table.shape[0], step)]
-    every = slice(0, table.shape[-1])
-    if output.shape != table.shape or any(
-        not np.array_equal(table.read((some, every)), output.read((some, every))) for some in rows
-    ):
-        raise UserError(
-            f"{output.path}: tensor {output.name!r} is not a copy of {table.name!r}, but config.json has "
-            "tie_word_embeddings: true, which uses the latter for both; set it to false to use the file's own"
-        )
+    for name, original in family.tied.items():
+        table, output = by_name.get(original), by_name.get(name)
+        if table is not None and output is not None and name not in used and not _equal(table, output):
+            raise UserError(
+                f"{output.path}: tensor {output.name!r} is not a copy of {table.name!r}, but config.json has "
+                "tie_word_embeddings: true, which uses the latter for both; set it to false to use the file's own"
+            )
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors hold the same, some rows at a time."""
+    count, *rest = one.shape
+    step = max(1, CHUNK // math.prod(rest))
+    places = [
+        (slice(start, min(start + step, count)), *map(slice, [0] * len(rest), rest))
+        for start in range(0, count, step)
+    ]
+    return one.shape == two.shape and all(np.array_equal(one.read(at), two.read(at)) for at in places)
 
 
 def canonical(key: str, family: Family) -> str:
