@@ -10,13 +10,17 @@ from fslora_jax import random as sources
 from fslora_jax.federation import calls, summary
 from fslora_jax.random import Purpose
 
-USED = ("INIT", "SPLIT", "PARTITION", "COHORT", "SKETCH", "BATCH", "DROPOUT", "RESOURCES", "PARTICIPATION")
+USED = (
+    *("INIT", "SPLIT", "PARTITION", "HELD_OUT", "COHORT", "SKETCH", "BATCH", "DROPOUT", "RESOURCES"),
+    "PARTICIPATION",
+)
 
 # Shapes that no draw can change: one program serves every run here.
 FIXED = {
     "data__packing": False,
     "data__row_length": 12,
     "federation__layout": "masked",
+    "partition__held_out": 0.2,
     "evaluate_every": 4,
     "federation__ranks": "random",
     "federation__min_local_steps": 1,

@@ -60,7 +60,7 @@ def interval(values: Sequence[float] | Float[np.ndarray, " n"]) -> tuple[float, 
     """
     x, n = np.asarray(values, float), len(values)
     deviation = float(x.std(ddof=1)) if n > 1 else float("nan")
-    half = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1)) * deviation / np.sqrt(n) if n > 1 else float("nan")
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1) * deviation / np.sqrt(n)) if n > 1 else float("nan")
     return float(x.mean()), deviation, half
 
 
