@@ -104,7 +104,10 @@ def print_combinations(console: Console) -> None:
     found = combinations()
     reasons = sorted({reason for row in found.values() for reason in row.values() if reason})
     marks = {None: "yes"} | {reason: f"no ({n})" for n, reason in enumerate(reasons, 1)}
-    shown = Table("method", *WRAPPERS, title="what goes around what", title_justify="left")
+    shown = Table(title="what goes around what", title_justify="left")
+    shown.add_column("method", no_wrap=True)
+    for wrapper in WRAPPERS:
+        shown.add_column(wrapper)
     for name, row in found.items():
         shown.add_row(name, *(marks[reason] for reason in row.values()))
     console.print(shown)

@@ -9,7 +9,7 @@ import jax
 from fslora_jax.backend import compiler_options
 from fslora_jax.config import Config
 from fslora_jax.federation.feed import make_cohort, make_cohorts
-from fslora_jax.federation.round import Cohort, Keys, make_round, several
+from fslora_jax.federation.round import Cohort, Keys, Played, make_round, several
 from fslora_jax.federation.setup import Federation
 from fslora_jax.methods import Server
 from fslora_jax.models import shifted
@@ -55,15 +55,14 @@ def cohorts_of(config: Config, federation: Federation, rounds: range) -> Cohort:
     )
 
 
-def by_round(
-    rounds: range, cohort: Cohort, losses: jax.Array
-) -> Iterator[tuple[int, tuple[Cohort, jax.Array]]]:
-    """Each round of a call with its cohort and its losses."""
+def by_round(rounds: range, cohort: Cohort, played: Played) -> Iterator[tuple[int, tuple[Cohort, Played]]]:
+    """Each round of a call with its cohort and what it left, without memories."""
+    played = played._replace(memory={})
     if len(rounds) == 1:
-        yield rounds.start, (cohort, losses)
+        yield rounds.start, (cohort, played)
         return
     for i, t in enumerate(rounds):
-        yield t, jax.tree.map(lambda x, i=i: x[i], (cohort, losses))
+        yield t, jax.tree.map(lambda x, i=i: x[i], (cohort, played))
 
 
 class Programs:

@@ -109,7 +109,7 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
             step = programs.of(server, keys, cohort)
             with jax.transfer_guard("disallow"):
                 server, played = step(base, server, keys, cohort)
-            parts = by_round(rounds, cohort, played.losses)
+            parts = by_round(rounds, cohort, played)
             records = [{"round": t + 1, **meter.measure(t, *part)} for t, part in parts]
             if memories is not None:
                 memories.scatter(jax.device_get(cohort.clients.id), played.memory)

@@ -13,7 +13,7 @@ from fslora_jax.data.batches import fill
 from fslora_jax.errors import UserError
 from fslora_jax.federation.cohort import EMPTY
 from fslora_jax.federation.feed import round_seconds
-from fslora_jax.federation.round import Cohort
+from fslora_jax.federation.round import Cohort, Played
 from fslora_jax.federation.setup import Federation
 from fslora_jax.methods import Client, Traffic
 from fslora_jax.processes import fetch
@@ -45,13 +45,15 @@ class Meter:
         self._seconds += round_seconds(population, self._federation.steps, self._federation.cohort(t), t)
         return {"clock/simulated_seconds": self._seconds}
 
-    def measure(self, t: int, cohort: Cohort, losses: jax.Array) -> dict[str, Any]:
-        """Mean training loss of the round, and the bytes of all rounds so far.
+    def measure(self, t: int, cohort: Cohort, played: Played) -> dict[str, Any]:
+        """Mean training loss of the round, the bytes of all rounds so far, and what the method tells.
 
         Raises:
           UserError: a client's loss is NaN or infinite; names the round and the client.
         """
-        clients, by_step, real = fetch((cohort.clients, losses, cohort.batches.weights))
+        clients, by_step, real, told = fetch(
+            (cohort.clients, played.losses, cohort.batches.weights, played.told)
+        )
         ids = clients.id
         by_step, done = by_step[ids != EMPTY], (real > 0).any(axis=-1)[ids != EMPTY]
         broken = ~np.isfinite(by_step)
@@ -68,6 +70,7 @@ class Meter:
             "clients/reported": int(done.any(1).sum()),
             "traffic/down_bytes": self._down,
             "traffic/up_bytes": self._up,
+            **{name: float(value) for name, value in told.items()},
         }
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from fslora_jax.federation.cohort import Layout
 from fslora_jax.federation.local import ClientOptimizer, ScoreFn, train
-from fslora_jax.methods import Client, Combined, Method, Server, merge
+from fslora_jax.methods import TOLD, Client, Combined, Method, Server, merge
 from fslora_jax.random import Purpose, device_key
 from fslora_jax.sharding import CLIENTS, replicated, whole
 from fslora_jax.types import Batch, Local
@@ -51,10 +51,12 @@ class Cohort(NamedTuple):
 
 
 class Played(NamedTuple):
-    """What a round leaves beside the server: losses ``(groups, chunks, slots, H)``, and what each client remembers."""
+    """What a round leaves beside the server: losses ``(groups, chunks, slots, H)``, what each client remembers, and
+    numbers for its record."""
 
     losses: Float[Array, "groups chunks slots H"]
     memory: dict[str, PyTree]
+    told: dict[str, Float[Array, ""]] = {}
 
 
 def make_round(
@@ -113,7 +115,8 @@ def make_round(
 
     def one_round(base: PyTree, server: Server, keys: Keys, cohort: Cohort) -> tuple[Server, Played]:
         combined, played = collect(base, server, keys, cohort)
-        return whole(method.update(jax.random.fold_in(keys.server, server.round), server, combined)), played
+        new = whole(method.update(jax.random.fold_in(keys.server, server.round), server, combined))
+        return new, played._replace(told=new.memory.get(TOLD, {}))
 
     collect = of_group
     if mesh is not None:

@@ -8,6 +8,9 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from fslora_jax.methods.spec import Traffic
 from fslora_jax.types import Head, Local, Rows, Trainable
 
+TOLD = "told"
+"""The name in a server's memory of numbers that go into the record of each round, by their names there."""
+
 
 class Server(NamedTuple):
     """All that survives a round on the server.

@@ -25,6 +25,7 @@ from fslora_jax.methods.rolora import rolora
 from fslora_jax.methods.spec import Spec
 from fslora_jax.methods.wrappers.clip_and_noise import clip_and_noise
 from fslora_jax.methods.wrappers.compress import compress
+from fslora_jax.methods.wrappers.observe import observe
 from fslora_jax.methods.wrappers.over_the_air import over_the_air
 from fslora_jax.methods.wrappers.personalise import personalise
 from fslora_jax.methods.wrappers.prune import prune
@@ -153,6 +154,13 @@ WRAPPERS: dict[str, Entry] = {
         "2310.10089",
         "as the method, analogue",
         "no noise, perfect CSI: the method itself",
+    ),
+    "observe": Entry(
+        observe,
+        "records how far the server lands from the average of clients",
+        "2410.09432",
+        "as the method",
+        "the method itself",
     ),
 }
 """Name -> wrapper, ``(method, spec, **options) -> method``, in the order of an upload's way to the server."""

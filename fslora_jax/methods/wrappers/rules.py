@@ -40,6 +40,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
             "weights over the active clients alone change the sensitivity that clip_and_noise counts on",
         ),
     ),
+    "observe": (
+        (
+            lambda method: (
+                bool({"a", "b"} & set(method.traits.personal)) or method.traits.personal_layers > 0
+            ),
+            "parts of its adapter stay with the clients, so that there is no global model to compare",
+        ),
+    ),
 }
 """Wrapper -> conditions under which it is refused, with the reason."""
 
