@@ -2,20 +2,26 @@
 
 import importlib.util
 import json
+import math
+import re
 from collections import Counter
 
 import jax
+import numpy as np
 import pytest
 import runs
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.sharding import AbstractMesh, AxisType
 
 from fslora_jax.config import make_config
 from fslora_jax.data.batches import BatchShape
 from fslora_jax.errors import UserError
 from fslora_jax.models.families import build_model
 from fslora_jax.plan import topology
-from fslora_jax.plan.compiled import abstract_arguments, layout_of, round_of, text_of
+from fslora_jax.plan.compiled import abstract_arguments, layout_of, placed, round_of, text_of
 from fslora_jax.plan.search import moved, ways
 from fslora_jax.program import Collective, collectives, matmul_flops
+from fslora_jax.sharding import AXES, client_groups
 
 SIZES = {"clients": 4, "fsdp": 2, "tensor": 2}
 
@@ -110,17 +116,90 @@ def traced(config):
     return jax.jit(round_of(config, model, layout, None)).trace(*arguments)
 
 
+CUDNN = "__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"
+
+
+def exported(platform, config, sizes=None, rows=4):
+    """The real round, lowered here for another platform, and how often each of its custom calls stands in it."""
+    mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3) if sizes else None
+    model = model_of(config, dtype=config.model.dtype, attention=config.model.attention)
+    layout = layout_of(config, model, client_groups(mesh) * config.federation.cohort_chunks)
+    arguments = abstract_arguments(config, model, BatchShape(rows, 16, 0), layout)
+    if mesh is not None:
+        arguments = placed(arguments, mesh, [])
+    found = jax.export.export(
+        jax.jit(round_of(config, model, layout, mesh)),
+        platforms=[platform],
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name) for name in CUDNN],
+    )(*arguments)
+    assert found.platforms == (platform,)
+    assert found.nr_devices == math.prod(sizes or (1,))
+    return found, Counter(re.findall(r"custom_call @([\w$]+)", found.mlir_module()))
+
+
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_the_round_lowers_for_other_platforms(platform):
-    config = tiny()
-    model = model_of(config)
-    layout = layout_of(config, model, 1)
-    arguments = abstract_arguments(config, model, BatchShape(3, 12, 0), layout)
-    exported = jax.export.export(jax.jit(round_of(config, model, layout, None)), platforms=[platform])(
-        *arguments
-    )
-    assert exported.platforms == (platform,)
-    assert "while" in exported.mlir_module()
+def test_the_round_lowers_for_one_device_of_another_platform(platform):
+    """Nothing in it is for CPUs alone: no call of a host's library, no exchange."""
+    found, calls = exported(platform, tiny())
+    assert found.nr_devices == 1
+    assert not calls
+    assert "stablehlo.while" in found.mlir_module()
+    assert not re.search(r"all_reduce|all_gather|all_to_all|collective|reduce_scatter", found.mlir_module())
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("sizes", [(4, 1, 1), (2, 2, 2)], ids=str)
+def test_clients_meet_in_one_sum_when_lowered_for_a_mesh_of_another_platform(platform, sizes):
+    """Adapter, head and component counts, summed over ``clients`` after the loop over chunks;
+    what the devices of one group exchange is not in the module yet, the platform's partitioner puts it in."""
+    config = tiny(federation=runs.SETTINGS["federation"] | {"cohort_chunks": 2})
+    text = exported(platform, config, sizes)[0].mlir_module()
+    assert set(re.findall(r"stablehlo\.(all_\w+|collective_\w+|reduce_scatter)", text)) == {"all_reduce"}
+    main = re.search(r"func\.func public @main.*?\n  }", text, re.S)[0]
+    sums = re.findall(r'^( +)%\S+ = "stablehlo.all_reduce".*?-> tensor<([\dx]*)xf32>', main, re.S | re.M)
+    assert len(sums) == text.count("stablehlo.all_reduce")
+    groups = np.arange(math.prod(sizes)).reshape(sizes[0], -1).T.tolist()
+    assert set(re.findall(r"replica_groups = dense<(.*?)>", main)) == {str(groups)}
+    layers, width, r, labels, modules = 2, runs.SIZES["hidden_size"], 8, 2, 2
+    values = sum(math.prod(map(int, shape.split("x"))) for _, shape in sums)
+    counts = (
+        2 * modules * layers * r
+    )  # by how many each component was trained; one for both factors when compiled
+    assert values == modules * layers * r * 2 * width + (width + 1) * labels + counts
+    (loop,) = {len(spaces) for spaces in re.findall(r"^( +)%\S+ = stablehlo\.while", main, re.M)[:1]}
+    assert {len(spaces) for spaces, _ in sums} == {loop}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What JAX would say where there is a GPU with cuDNN 9.10."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda _: False)
+
+
+@pytest.mark.parametrize(
+    ("attention", "dtype", "flash"),
+    [
+        ("auto", "bfloat16", True),
+        ("auto", "float32", False),
+        ("cudnn", "bfloat16", True),
+        ("xla", "bfloat16", False),
+    ],
+)
+def test_flash_attention_is_in_the_program_for_a_gpu(gpu, attention, dtype, flash):
+    """Forward, and backward once, in the scanned layer; nothing else leaves XLA."""
+    config = tiny(model={"name": "m", "attention": attention, "dtype": dtype})
+    _, calls = exported("cuda", config)
+    assert (set(calls) == set(CUDNN)) if flash else not calls
+    assert calls[CUDNN[1]] == int(flash)
+
+
+def test_cudnn_is_refused_where_there_is_no_gpu():
+    config = tiny(model={"name": "m", "attention": "cudnn", "dtype": "bfloat16"})
+    with pytest.raises(UserError, match=r"model\.attention is 'cudnn', .* cpu; set model\.attention: auto"):
+        exported("tpu", config)
 
 
 def test_operations_grow_with_steps_and_not_with_chunks():

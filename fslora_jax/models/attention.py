@@ -66,12 +66,17 @@ def attention(
 
 def _uses_cudnn(implementation: str, dtype: jnp.dtype, cap: float | None) -> bool:
     """cuDNN's flash attention is for GPUs and halves, and has no cap."""
+    backend = jax.default_backend()
     if implementation == "auto":
-        return jax.default_backend() == "gpu" and dtype == jnp.bfloat16 and cap is None
+        return backend == "gpu" and dtype == jnp.bfloat16 and cap is None
     if implementation == "cudnn" and (dtype != jnp.bfloat16 or cap is not None):
         raise UserError(
             "model.attention is 'cudnn', which needs model.dtype: bfloat16 and a model that does not cap its "
             f"scores; found {dtype} and a cap of {cap}; set model.attention: auto"
+        )
+    if implementation == "cudnn" and backend != "gpu":
+        raise UserError(
+            f"model.attention is 'cudnn', which needs a GPU; found {backend}; set model.attention: auto"
         )
     return implementation == "cudnn"
 
