@@ -87,6 +87,9 @@ class DataConfig(Section):
     """Number of examples held out at random, where nothing else says which."""
     max_test_examples: Count | None = None
     """At most so many of the held-out examples, drawn at random; by default all."""
+    validation: Fraction = 0.0
+    """Part of the training examples, drawn at random, that is held out in place of the test examples: to choose
+    settings by, before anything is tested."""
     learn: Literal["completion", "all"] = "completion"
     """What a language model learns to predict: the answers, or every token."""
     text_columns: tuple[str, ...] = ("text",)

@@ -7,3 +7,7 @@ class UserError(ValueError):
     It is a ``ValueError``, so library code catches it as usual; the command line prints it without a
     traceback and exits with code 2.
     """
+
+
+class Diverged(UserError):
+    """Training left the finite numbers: a matter of its settings, such as the learning rate."""

@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     SERVER = 9
     PARTICIPATION = 10
     HELD_OUT = 11
+    VALIDATION = 12
 
 
 def device_key(seed: int, purpose: Purpose) -> Key[Array, ""]:

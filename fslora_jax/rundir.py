@@ -1,6 +1,7 @@
 """A run folder: config.yaml, metrics.jsonl, timings.jsonl, checkpoints/, adapter/, figures/, summary.json.
 
-A run that starts from an adapter keeps a copy in start/; where clients remember something, that is in clients/.
+``made_by.json`` says which code began it. A run that starts from an adapter keeps a copy in start/; where clients
+remember something, that is in clients/.
 """
 
 import json
@@ -16,9 +17,10 @@ from filelock import FileLock, Timeout
 
 from fslora_jax.config import Config, dump_config, load_config
 from fslora_jax.errors import UserError
+from fslora_jax.provenance import provenance
 
 CONFIG, METRICS, SUMMARY, MEMORIES = "config.yaml", "metrics.jsonl", "summary.json", "clients"
-START = "start"
+START, MADE_BY = "start", "made_by.json"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -80,6 +82,7 @@ def open_run(run_dir: Path, config: Config) -> Iterator[None]:
         if known.exists() and (run_dir / METRICS).exists():  # without it nothing was trained
             _check_same(run_dir, config)
         else:
+            write_atomically(run_dir / MADE_BY, json.dumps(provenance(), indent=1) + "\n")
             write_atomically(known, dump_config(config))
         yield
 
@@ -91,6 +94,14 @@ def load_run_config(run_dir: Path) -> Config:
             f"{run_dir}: no run folder, it has no {CONFIG}; expected the --run-dir of a `fslora train`"
         )
     return load_config(run_dir / CONFIG)
+
+
+def code_of(run_dir: Path) -> str | None:
+    """The fingerprint of the code that began a run; None where no run has begun, "unknown" of one that does not say."""
+    if not (run_dir / METRICS).exists():
+        return None
+    path = run_dir / MADE_BY
+    return json.loads(path.read_text(encoding="utf-8"))["code"] if path.exists() else "unknown"
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:

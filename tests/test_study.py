@@ -12,9 +12,12 @@ from scipy import stats
 
 from fslora_jax.errors import UserError
 from fslora_jax.federation import loop
+from fslora_jax.provenance import code_fingerprint
 from fslora_jax.rundir import open_run
+from fslora_jax.study.command import part_of
 from fslora_jax.study.points import load_study
 from fslora_jax.study.table import interval, over_repetitions
+from fslora_jax.study.tuning import settled
 
 GRIDS = {
     "ratios": {
@@ -148,6 +151,112 @@ def test_a_point_that_fails_stops_no_other_and_is_named(world, study, tmp_path, 
     assert (tmp_path / "g/whole/summary.json").exists()
 
 
+TUNED = {
+    "methods": {
+        "set": {"federation.num_rounds": 2, "evaluate_every": 1},
+        "over": {"rank": {"full": {"federation.sketching_ratios": [1.0]}, "half": {}}, "seed": [0, 1]},
+        "tune": {
+            "over": {"client_optimizer.learning_rate": [1e-6, 0.05, 1e30]},
+            "set": {"data.validation": 0.25, "seed": 9},
+            "by": "loss",
+        },
+    }
+}
+
+
+@pytest.fixture(scope="module")
+def tuned(world, study, tmp_path_factory):
+    """A tuned study that was run, its file and its folder; trials at 1e30 diverge."""
+    path, out = (
+        write(study.parent / "tuned.yaml", grids=TUNED, compare="rank"),
+        tmp_path_factory.mktemp("out"),
+    )
+    runs.call(world, "study", path, "--out", out)
+    return path, out
+
+
+def test_every_place_gets_the_rate_that_its_trials_found_best_and_none_sees_the_test_examples(tuned):
+    path, out = tuned
+    _, points = load_study(path, {})
+    assert len(points) == 4
+    assert [len(p.choices) for p in points] == [3] * 4
+    for point in points:
+        losses = {}
+        for choice in point.choices:
+            trial, rate = choice.trial, choice.labels["client_optimizer.learning_rate"]
+            assert (trial.config.data.validation, trial.config.seed) == (0.25, 9)
+            summary = out / trial.name / "summary.json"
+            if rate == "1e+30":
+                assert "round 1" in (out / trial.name / "diverged.txt").read_text()
+                assert not summary.exists()
+            else:
+                losses[rate] = json.loads(summary.read_text())["after"]["eval/loss"]
+        best = min(losses, key=losses.__getitem__)
+        used = yaml.safe_load((out / point.name / "config.yaml").read_text())
+        assert used["client_optimizer"]["learning_rate"] == float(best)
+        assert used["data"]["validation"] == 0
+    results = pd.read_csv(out / "results.csv")
+    assert results["grid"].value_counts().to_dict() == {"methods.tuning": 4, "methods": 4}
+    assert results["client_optimizer.learning_rate"].notna().all()
+
+
+def test_a_tuned_study_is_finished_when_it_is(world, tuned):
+    path, out = tuned
+    times = {file: file.stat().st_mtime_ns for file in out.glob("*/*/*.json*")}
+    runs.call(world, "study", path, "--out", out)
+    assert {file: file.stat().st_mtime_ns for file in out.glob("*/*/*.json*")} == times
+
+
+def test_methods_are_compared_where_they_have_sent_the_same(tuned):
+    """The half-rank runs have sent all that they send; the others are between two evaluations there."""
+    _, out = tuned
+    equal = pd.read_csv(out / "equal_bytes.csv").set_index("rank")
+    results = pd.read_csv(out / "results.csv").query("grid == 'methods'")
+    cheapest = results[results["rank"] == "half"]
+    assert equal["up_MB"].tolist() == pytest.approx([cheapest["up_MB"].min()] * 2)
+    assert equal.loc["half", "loss"] == pytest.approx(cheapest["loss"].mean())
+    assert 0 < equal.loc["full", "rounds"] < 2
+    by_hand = []
+    for seed in (0, 1):
+        records = runs.records(out / f"methods/full_{seed}")
+        at = equal.loc["full", "rounds"]  # every round sends the same
+        low, high = records[int(at)]["eval/loss"], records[int(at) + 1]["eval/loss"]
+        by_hand.append(low + (at - int(at)) * (high - low))
+    assert equal.loc["full", "loss"] == pytest.approx(np.mean(by_hand))
+
+
+def test_a_point_waits_for_trials_that_another_process_runs(world, tuned, tmp_path, capsys):
+    """Parts keep what belongs together; a trial held elsewhere leaves its points for whoever holds it."""
+    path, _ = tuned
+    _, points = load_study(path, {})
+    assert {p.labels["rank"] for p in part_of(points, (0, 2))} == {"full"}
+    assert {p.labels["rank"] for p in part_of(points, (1, 2))} == {"half"}
+    trial = points[0].choices[0].trial
+    with open_run(tmp_path / trial.name, trial.config):
+        assert settled(tmp_path, points[0]) is None
+
+
+def test_a_place_whose_trials_all_diverge_says_so(world, study, tmp_path, capsys):
+    tune = {"over": {"client_optimizer.learning_rate": [1e30]}}
+    grids = {"g": {"set": {"federation.num_rounds": 1}, "tune": tune}}
+    path = write(study.parent / "diverges.yaml", grids=grids)
+    assert "all 1 trials diverged" in mistake(world, capsys, path, "--out", tmp_path)
+
+
+def test_results_of_other_code_are_not_mixed_unless_asked(world, study, tmp_path, capsys):
+    path = write(
+        study.parent / "code.yaml", grids={"g": {"over": {"seed": [0, 1]}}}, set={"federation.num_rounds": 1}
+    )
+    runs.call(world, "study", path, "--out", tmp_path, "--part", 0, 2)
+    made_by = tmp_path / "g/0/made_by.json"
+    made_by.write_text(made_by.read_text().replace(code_fingerprint(), "0" * 12))
+    said = mistake(world, capsys, path, "--out", tmp_path)
+    assert f"g/0 was begun by code {'0' * 12}, but this is {code_fingerprint()}" in said
+    assert not (tmp_path / "g/1").exists()
+    runs.call(world, "study", path, "--out", tmp_path, "--mixed")
+    assert pd.read_csv(tmp_path / "results.csv", dtype=str)["code"].tolist() == ["0" * 12, code_fingerprint()]
+
+
 @pytest.mark.parametrize(
     ("grids", "words"),
     [
@@ -158,6 +267,8 @@ def test_a_point_that_fails_stops_no_other_and_is_named(world, study, tmp_path, 
         ({"g": {"over": {"seed": [1, 1]}}}, "two points are named g/1"),
         ({"g": {"over": {"x": {"a": {}, "b": {}}}}}, "g/a and g/b have the same settings"),
         ({"g": {"overs": {}}}, "unknown setting grids.g.overs"),
+        ({"g": {"tune": {"over": {"seed": []}}}}, "grids.g.tune.over.seed has no values"),
+        ({"g": {"tune": {}}}, "grids.g.tune.over: missing"),
     ],
     ids=str,
 )

@@ -34,6 +34,10 @@ class Source(NamedTuple):
 def load_examples(data: DataConfig, seed: int, model: Path) -> tuple[Examples, Examples]:
     """Training and held-out examples with the same labels; ``model`` is the model's folder, for its chat template."""
     train = find_examples(data, model)
+    if data.validation:
+        return split_examples(
+            train, max(1, round(data.validation * len(train.labels))), host_rng(seed, Purpose.VALIDATION)
+        )
     if data.test_name is None and not has_held_out(data):
         return split_examples(train, data.test_examples, host_rng(seed, Purpose.SPLIT))
     names = data.label_names or train.label_names or None

@@ -12,7 +12,7 @@ import jax
 
 from fslora_jax.checkpoint import Checkpoints
 from fslora_jax.config import Config
-from fslora_jax.errors import UserError
+from fslora_jax.errors import Diverged
 from fslora_jax.evaluate import make_evaluation, measure
 from fslora_jax.federation.calls import Programs, by_round, cohorts_of, dispatches
 from fslora_jax.federation.memories import remembering
@@ -145,7 +145,7 @@ def evaluator(federation: Federation) -> Callable[[Server], dict[str, float]]:
     def evaluate(server: Server) -> dict[str, float]:
         found = measure(evaluation(*global_model(federation, server), test), task.test, task.metrics)
         if not math.isfinite(found["loss"]):
-            raise UserError(
+            raise Diverged(
                 f"round {int(server.round)}: loss {found['loss']} on the held-out examples; lower "
                 "client_optimizer.learning_rate, or look at the model's weights; the last checkpoint is kept"
             )

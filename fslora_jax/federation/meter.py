@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from fslora_jax.data.batches import fill
-from fslora_jax.errors import UserError
+from fslora_jax.errors import Diverged
 from fslora_jax.federation.cohort import EMPTY
 from fslora_jax.federation.feed import round_seconds
 from fslora_jax.federation.round import Cohort, Played
@@ -59,7 +59,7 @@ class Meter:
         broken = ~np.isfinite(by_step)
         if broken.any():
             which, h = np.argwhere(broken)[0]
-            raise UserError(
+            raise Diverged(
                 f"round {t + 1}: client {ids[ids != EMPTY][which]}: loss {by_step[which, h]} at local step {h + 1}; "
                 "lower client_optimizer.learning_rate, set client_optimizer.max_grad_norm, or look at its data; "
                 "the last checkpoint is kept"

@@ -14,9 +14,18 @@ from fslora_jax.arguments import parse
 from fslora_jax.display import TerminalDisplay
 from fslora_jax.errors import UserError
 from fslora_jax.metrics import headline
-from fslora_jax.study.points import Point, load_study
-from fslora_jax.study.run import is_done, run_points
-from fslora_jax.study.table import axes_of, collect, curves, over_repetitions, write_plan, write_tables
+from fslora_jax.study.points import Point, Study, load_study, with_trials
+from fslora_jax.study.run import check_code, is_done, run_points
+from fslora_jax.study.table import (
+    at_equal_bytes,
+    axes_of,
+    collect,
+    curves,
+    over_repetitions,
+    tuned_axes,
+    write_plan,
+    write_tables,
+)
 
 
 @dataclasses.dataclass
@@ -39,6 +48,8 @@ class RunStudy:
     """I N: this process is the I-th of N, from 0, as of a SLURM array; by default it takes all points."""
     plan: bool = False
     """Only show what would be run."""
+    mixed: bool = False
+    """Go on although some runs were begun by another version of the code; the tables tell which."""
 
 
 def study_command(argv: Sequence[str]) -> None:
@@ -52,6 +63,8 @@ def study_command(argv: Sequence[str]) -> None:
     console.print(plan_table(args.out, points))
     if args.plan:
         return
+    if not args.mixed:
+        check_code(args.out, points)
     args.out.mkdir(parents=True, exist_ok=True)
     write_plan(args.out, study.model_dump(mode="json"), points)
     failures = run_points(
@@ -60,7 +73,7 @@ def study_command(argv: Sequence[str]) -> None:
         lambda text: console.print(text, markup=False),
         lambda: TerminalDisplay(console),
     )
-    show(args.out, points, study.repeat)
+    show(args.out, points, study)
     if failures:
         name, reason = next(iter(failures.items()))
         raise UserError(f"{len(failures)} of {len(points)} points failed; {name}: {reason}")
@@ -80,13 +93,15 @@ def read_change(text: str) -> tuple[str, object]:
 
 
 def part_of(points: Sequence[Point], part: tuple[int, int] | None) -> list[Point]:
-    """Every N-th point, or all."""
+    """Every N-th point, or all; what has trials in common stays together."""
     if part is None:
         return list(points)
     index, count = part
     if not 0 <= index < count:
         raise UserError(f"--part: found {index} {count}, expected I N with 0 <= I < N")
-    return list(points[index::count])
+    tied = [point.choices[0].trial.name if point.choices else point.name for point in points]
+    mine = set(list(dict.fromkeys(tied))[index::count])
+    return [point for point, name in zip(points, tied, strict=True) if name in mine]
 
 
 def plan_table(out: Path, points: Sequence[Point]) -> Table:
@@ -95,8 +110,9 @@ def plan_table(out: Path, points: Sequence[Point]) -> Table:
         "grid", "points", "done", "rounds to do", "hours, by those done", title="plan", title_justify="left"
     )
     done = collect(out, points)
-    for grid in dict.fromkeys(point.grid for point in points):
-        mine = [point for point in points if point.grid == grid]
+    everything = with_trials(points)
+    for grid in dict.fromkeys(point.grid for point in everything):
+        mine = [point for point in everything if point.grid == grid]
         left = [point for point in mine if not is_done(out, point)]
         rounds = sum(point.config.federation.num_rounds for point in left)
         known = done[done["grid"] == grid] if len(done) else done
@@ -106,29 +122,43 @@ def plan_table(out: Path, points: Sequence[Point]) -> Table:
     return table
 
 
-def show(out: Path, points: Sequence[Point], repeat: str) -> None:
+def show(out: Path, points: Sequence[Point], study: Study) -> None:
     """Writes the tables, and prints the means of the main metric with their intervals."""
-    table = collect(out, points)
-    if not len(table):
+    found = collect(out, points)
+    if not len(found):
         return
-    axes = axes_of(points)
-    means = over_repetitions(table, axes, repeat)
-    write_tables(out, table, means, curves(out, points))
-    Console().print(means_table(means, [axis for axis in axes if axis != repeat]))
+    own, drawn = axes_of(points), curves(out, points)
+    axes = [*own, *tuned_axes(points)]
+    kept = [axis for axis in axes if axis != study.repeat]
+    means = over_repetitions(found, axes, study.repeat)
+    tables = {"results": found, "means": means, "curves": drawn}
+    console = Console()
+    console.print(means_table(means, kept, "mean {metric}, with 95 % intervals"))
+    if study.compare is not None:
+        equal = over_repetitions(at_equal_bytes(drawn, own, study.compare, study.repeat), own, study.repeat)
+        tables["equal_bytes"] = equal
+        console.print(
+            means_table(equal, kept, "mean {metric} where each has sent what the cheapest sends in all")
+        )
+    write_tables(out, tables)
 
 
-def means_table(means: pd.DataFrame, axes: Sequence[str]) -> Table:
+def means_table(means: pd.DataFrame, axes: Sequence[str], title: str) -> Table:
     """A row for each place on the axes."""
     kept = ["grid", *(axis for axis in axes if axis in means)]
     measured = [name.removesuffix(".ci") for name in means.columns if name.endswith(".ci")]
     metric = headline([{f"eval/{name}": 0.0 for name in measured}]).removeprefix("eval/")
-    shown = Table(title=f"mean {metric}, with 95 % intervals", title_justify="left")
-    for name in (*kept, "n", metric, "loss", "up MB", "seconds"):
-        shown.add_column(name.rpartition(".")[2], justify="left" if name in kept else "right")
+    beside = {"rounds": 0, "up_MB": 1, "seconds": 0, "round_seconds": 2}
+    shown = Table(title=title.format(metric=metric), title_justify="left")
+    for name in (*kept, "n", metric, "loss", *beside):
+        shown.add_column(
+            name.rpartition(".")[2].replace("_", " "), justify="left" if name in kept else "right"
+        )
     for row in means.to_dict("records"):
         places = ["" if pd.isna(row[name]) else str(row[name]) for name in kept]
         values = [f"{row[name]:.4f}{_half(row, name)}" if name in row else "" for name in (metric, "loss")]
-        shown.add_row(*places, str(row["n"]), *values, f"{row['up_MB']:.1f}", f"{row['seconds']:.0f}")
+        costs = [f"{row[name]:.{digits}f}" if name in row else "" for name, digits in beside.items()]
+        shown.add_row(*places, str(row["n"]), *values, *costs)
     return shown
 
 

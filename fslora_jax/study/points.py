@@ -4,10 +4,10 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import yaml
-from pydantic import field_validator
+from pydantic import AfterValidator, model_validator
 
 from fslora_jax.config import Config, load_config, make_config
 from fslora_jax.errors import UserError
@@ -15,6 +15,27 @@ from fslora_jax.settings import Section, checked
 
 Settings = dict[str, Any]
 """Dotted names of settings, such as ``federation.num_rounds``, with their values."""
+TRIALS = ".tuning"
+"""What the grid of a grid's trials is called, behind its name."""
+Axes = dict[str, list[Any] | dict[str, Settings]]
+
+
+def _not_empty(over: Axes) -> Axes:
+    for axis, values in over.items():
+        if not values:
+            raise ValueError(f"{axis} has no values; name at least one, or leave the axis out")
+    return over
+
+
+class Tune(Section):
+    """How a grid chooses some settings anew at each place on its axes, before the repetitions are run."""
+
+    over: Annotated[Axes, AfterValidator(_not_empty)]
+    """What there is to choose from, as the axes of a grid; all combinations are tried."""
+    set: Settings = {"data.validation": 0.2}
+    """Settings of the trials: what they are judged by must not be what the repetitions are judged by."""
+    by: str | None = None
+    """The metric, such as loss; by default the task's main one."""
 
 
 class Grid(Section):
@@ -22,16 +43,10 @@ class Grid(Section):
 
     set: Settings = {}
     """Settings that all its points share."""
-    over: dict[str, list[Any] | dict[str, Settings]] = {}
+    over: Annotated[Axes, AfterValidator(_not_empty)] = {}
     """Axes: the values of a setting, or named choices of several settings each."""
-
-    @field_validator("over")
-    @classmethod
-    def _not_empty(cls, over: dict[str, Any]) -> dict[str, Any]:
-        for axis, values in over.items():
-            if not values:
-                raise ValueError(f"{axis} has no values; name at least one, or leave the axis out")
-        return over
+    tune: Tune | None = None
+    """Settings to choose for each place on the axes by trials of their own, such as learning rates."""
 
 
 class Study(Section):
@@ -47,19 +62,37 @@ class Study(Section):
     """Named grids; every one is run whole."""
     repeat: str = "seed"
     """The axis whose points are repetitions of each other: means and intervals are over it."""
+    compare: str | None = None
+    """The axis whose choices are compared with each other, also at equal uploaded bytes."""
+
+    @model_validator(mode="after")
+    def _compares_an_axis(self) -> "Study":
+        axes = list(dict.fromkeys(axis for grid in self.grids.values() for axis in grid.over))
+        if self.compare is not None and self.compare not in axes:
+            raise ValueError(f"compare: found {self.compare}, expected an axis: {', '.join(axes) or 'none'}")
+        return self
 
 
 class Point(NamedTuple):
-    """One run of a study: its grid, its place on each axis, and its whole config."""
+    """One run of a study: its grid, its place on each axis, its whole config, and its folder below the study's.
+
+    ``choices`` are trials among which the point's remaining settings are still to be chosen, by the metric ``by``.
+    """
 
     grid: str
     labels: dict[str, str]
     config: Config
+    name: str
+    choices: tuple["Choice", ...] = ()
+    by: str | None = None
 
-    @property
-    def name(self) -> str:
-        """Where its run folder is, below the study's."""
-        return f"{self.grid}/{'_'.join(self.labels.values()) or 'run'}"
+
+class Choice(NamedTuple):
+    """A trial, what it is called on the axes of the choice, and the settings that it stands for."""
+
+    trial: Point
+    labels: dict[str, str]
+    settings: Settings
 
 
 def load_study(path: Path, changes: Settings) -> tuple[Study, list[Point]]:
@@ -81,24 +114,65 @@ def load_study(path: Path, changes: Settings) -> tuple[Study, list[Point]]:
     points = [
         point
         for name, grid in study.grids.items()
-        for point in _points_of(name, grid, base, study.set, changes, str(path))
+        for point in _points_of(Place(name, base, study, changes, str(path)), grid)
     ]
-    _check_different(points, path)
+    trials = {choice.trial.name: choice.trial for point in points for choice in point.choices}
+    _check_different([*trials.values(), *points], path)
     return study, points
 
 
-def _points_of(
-    name: str, grid: Grid, base: dict[str, Any], shared: Settings, changes: Settings, source: str
-) -> Iterator[Point]:
-    axes = [[(axis, *choice) for choice in _choices(axis, values)] for axis, values in grid.over.items()]
-    for combination in itertools.product(*axes):
-        labels = {axis: label for axis, label, _ in combination}
-        settings: Settings = shared | grid.set
+def with_trials(points: Sequence[Point]) -> list[Point]:
+    """All runs in the order in which they can be made: before each point its trials, every one once."""
+    runs = [run for point in points for run in (*(choice.trial for choice in point.choices), point)]
+    return list({run.name: run for run in runs}.values())
+
+
+class Place(NamedTuple):
+    """A grid's name, the base config, the study, the changes of the command line, and the study's file."""
+
+    grid: str
+    base: dict[str, Any]
+    study: Study
+    changes: Settings
+    source: str
+
+    def point(self, grid: str, labels: dict[str, str], settings: Settings) -> Point:
+        """The run at ``labels`` with these settings on the base."""
+        said = f"{self.source}: grids.{self.grid}{''.join(f', {axis} {label}' for axis, label in labels.items())}"
+        over = {field: _filled(value, labels, self.source) for field, value in self.changes.items()}
+        config = make_config(nested(self.base, settings | over, said), said)
+        return Point(grid, labels, config, f"{grid}/{'_'.join(labels.values()) or 'run'}")
+
+
+def _points_of(place: Place, grid: Grid) -> Iterator[Point]:
+    shared, repeat = place.study.set | grid.set, place.study.repeat
+    trials: dict[tuple[str, ...], tuple[Choice, ...]] = {}
+    for labels, settings in _combinations(grid.over):
+        point = place.point(place.grid, labels, shared | settings)
+        if grid.tune is not None:
+            cell = {axis: label for axis, label in labels.items() if axis != repeat}
+            known = tuple(cell.values())
+            if known not in trials:
+                trials[known] = tuple(_trials(place, grid.tune, cell, shared | settings))
+            point = point._replace(choices=trials[known], by=grid.tune.by)
+        yield point
+
+
+def _trials(place: Place, tune: Tune, cell: dict[str, str], settings: Settings) -> Iterator[Choice]:
+    """Of one place on the axes; they begin from the settings of its first repetition."""
+    for labels, chosen in _combinations(tune.over):
+        trial = place.point(place.grid + TRIALS, cell | labels, settings | tune.set | chosen)
+        yield Choice(trial, labels, chosen)
+
+
+def _combinations(axes: Axes) -> Iterator[tuple[dict[str, str], Settings]]:
+    """The label on each axis, and all settings that come with them."""
+    choices = [[(axis, *choice) for choice in _choices(axis, values)] for axis, values in axes.items()]
+    for combination in itertools.product(*choices):
+        settings: Settings = {}
         for _, _, chosen in combination:
             settings |= chosen
-        settings |= {field: _filled(value, labels, source) for field, value in changes.items()}
-        said = f"{source}: grids.{name}{''.join(f', {axis} {label}' for axis, label in labels.items())}"
-        yield Point(name, labels, make_config(nested(base, settings, said), said))
+        yield {axis: label for axis, label, _ in combination}, settings
 
 
 def _choices(axis: str, values: Sequence[Any] | Mapping[str, Settings]) -> Iterator[tuple[str, Settings]]:

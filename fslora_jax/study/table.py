@@ -1,7 +1,8 @@
 """What a study found, as tidy tables: a row for each run, and means with intervals over repetitions."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
+from fslora_jax.errors import UserError
 from fslora_jax.log import read_records
-from fslora_jax.rundir import METRICS, read_summary
-from fslora_jax.study.points import Point
+from fslora_jax.rundir import METRICS, code_of, read_summary
+from fslora_jax.study.points import TRIALS, Point, with_trials
+from fslora_jax.study.tuning import settled
 
 LEVEL = 0.95
 """Of all intervals."""
@@ -20,12 +23,26 @@ LEVEL = 0.95
 
 def collect(out: Path, points: Sequence[Point]) -> pd.DataFrame:
     """A row for each finished point: grid, axes, what was measured in the end, bytes and seconds."""
-    rows = [_row(out, point, summary) for point in points if (summary := read_summary(out / point.name))]
+    rows = [
+        _row(out, point, summary)
+        for point in settled_points(out, points)
+        if (summary := read_summary(out / point.name))
+    ]
     return pd.DataFrame(rows)
 
 
+def settled_points(out: Path, points: Sequence[Point]) -> Iterator[Point]:
+    """All runs, trials among them, whose settings are known."""
+    for point in with_trials(points):
+        with suppress(UserError):  # all its trials diverged
+            if ready := settled(out, point):
+                yield ready
+
+
 def _row(out: Path, point: Point, summary: dict[str, Any]) -> dict[str, Any]:
-    clocks = read_records(out / point.name / "timings.jsonl")
+    folder = out / point.name
+    clocks, records = read_records(folder / "timings.jsonl"), read_records(folder / METRICS)
+    told = {name for record in records for name in record if name.startswith("aggregation/")}
     measured = {name.removeprefix("eval/"): value for name, value in summary["after"].items()}
     return (
         {"grid": point.grid}
@@ -37,8 +54,11 @@ def _row(out: Path, point: Point, summary: dict[str, Any]) -> dict[str, Any]:
             "up_MB": summary["up_bytes"] / 1e6,
             "down_MB": summary["down_bytes"] / 1e6,
             "seconds": sum(clock["seconds"] for clock in clocks),
+            "round_seconds": summary["median_round_seconds"],
             "compile_seconds": summary["compile_seconds"],
         }
+        | {name: float(np.mean([r[name] for r in records if name in r])) for name in sorted(told)}
+        | {"code": code_of(folder)}
     )
 
 
@@ -46,7 +66,7 @@ def curves(out: Path, points: Sequence[Point]) -> pd.DataFrame:
     """A row for each evaluation of each point, also of those that are not finished."""
     return pd.DataFrame(
         {"grid": point.grid} | point.labels | record
-        for point in points
+        for point in settled_points(out, points)
         for record in read_records(out / point.name / METRICS)
         if any(name.startswith("eval/") for name in record)
     )
@@ -67,7 +87,7 @@ def interval(values: Sequence[float] | Float[np.ndarray, " n"]) -> tuple[float, 
 def over_repetitions(table: pd.DataFrame, axes: Sequence[str], repeat: str) -> pd.DataFrame:
     """Means over the axis ``repeat``, with ``.sd``, ``.ci`` (half a 95 % interval) of each measure, and ``n``."""
     kept = [axis for axis in ("grid", *axes) if axis != repeat and axis in table]
-    measures = [name for name in table.columns if name not in (*kept, repeat)]
+    measures = [name for name in table.columns if name not in (*kept, repeat, "code")]
     rows = []
     for _, group in table.groupby(kept, sort=False, dropna=False):
         row: dict[str, Any] = {name: group[name].iloc[0] for name in kept} | {"n": len(group)}
@@ -79,9 +99,31 @@ def over_repetitions(table: pd.DataFrame, axes: Sequence[str], repeat: str) -> p
     return pd.DataFrame(rows)
 
 
-def write_tables(out: Path, table: pd.DataFrame, means: pd.DataFrame, drawn: pd.DataFrame) -> None:
-    """``results``, ``means`` and ``curves`` as CSV and Parquet."""
-    for name, frame in (("results", table), ("means", means), ("curves", drawn)):
+def at_equal_bytes(drawn: pd.DataFrame, axes: Sequence[str], compare: str, repeat: str) -> pd.DataFrame:
+    """Each run's evaluations where it has uploaded what the cheapest choice of ``compare`` beside it uploads in all.
+
+    ``drawn`` are `curves`; values between two evaluations are interpolated. Trials of a tuning are left out.
+    """
+    drawn = drawn.loc[~drawn["grid"].str.endswith(TRIALS)].fillna({"traffic/up_bytes": 0.0})
+    places = ["grid", *(axis for axis in axes if axis in drawn)]
+    beside = [axis for axis in places if axis not in (compare, repeat)]
+    measures = [name for name in drawn.columns if name.startswith("eval/")]
+    rows = []
+    for _, group in drawn.groupby(beside, sort=False, dropna=False):
+        runs = [run for _, run in group.groupby(places, sort=False, dropna=False)]
+        budget = min(run["traffic/up_bytes"].max() for run in runs)
+        for run in runs:
+            sent = run["traffic/up_bytes"]
+            values = {name: np.interp(budget, sent, run[name]) for name in (*measures, "round")}
+            row = {name: run[name].iloc[0] for name in places}
+            row |= {name.removeprefix("eval/"): values[name] for name in measures}
+            rows.append(row | {"rounds": values["round"], "up_MB": budget / 1e6})
+    return pd.DataFrame(rows)
+
+
+def write_tables(out: Path, tables: Mapping[str, pd.DataFrame]) -> None:
+    """Each as CSV and Parquet."""
+    for name, frame in tables.items():
         frame.to_csv(out / f"{name}.csv", index=False)
         frame.to_parquet(out / f"{name}.parquet", index=False)
 
@@ -91,7 +133,13 @@ def axes_of(points: Sequence[Point]) -> list[str]:
     return list(dict.fromkeys(axis for point in points for axis in point.labels))
 
 
+def tuned_axes(points: Sequence[Point]) -> list[str]:
+    """The axes of what is chosen by trials."""
+    return list(dict.fromkeys(axis for point in points for choice in point.choices for axis in choice.labels))
+
+
 def write_plan(out: Path, study: dict[str, Any], points: Sequence[Point]) -> None:
     """What the folder is a study of."""
-    content = {"study": study, "points": [{"name": p.name, "grid": p.grid, **p.labels} for p in points]}
+    runs = [{"name": p.name, "grid": p.grid, **p.labels} for p in with_trials(points)]
+    content = {"study": study, "points": runs}
     (out / "study.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
