@@ -23,7 +23,7 @@ from fslora_jax.federation.loop import run
 from fslora_jax.list_methods import methods_command
 from fslora_jax.plan.command import plan_command
 from fslora_jax.preemption import EXIT_CODE, Preempted
-from fslora_jax.processes import join, leads
+from fslora_jax.processes import LOST_CODE, Lost, join, leads, losing_others
 from fslora_jax.study.command import study_command
 
 USAGE = """\
@@ -63,7 +63,7 @@ def train_command(argv: Sequence[str]) -> None:
             raise UserError("--distributed: no --run-dir; expected a folder that all processes see")
         join()
     folder = args["run_dir"] or Path("runs") / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with TerminalDisplay(Console(stderr=True, quiet=not leads())) as display:
+    with losing_others(), TerminalDisplay(Console(stderr=True, quiet=not leads())) as display:
         summary = run(config, folder, display)
     if leads():
         print_summary(summary, folder)
@@ -147,6 +147,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Preempted as stopped:
         print(f"fslora: {stopped}; the same command goes on", file=sys.stderr)
         sys.exit(EXIT_CODE)
+    except Lost as lost:
+        print(f"fslora: error: {lost}", file=sys.stderr, flush=True)
+        os._exit(LOST_CODE)  # a usual exit would wait for the process that is not there
     except KeyboardInterrupt:
         print("fslora: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

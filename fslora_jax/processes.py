@@ -1,7 +1,11 @@
 """Several processes that run as one: how they meet, who writes, and what each may know of the others' arrays."""
 
+import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +16,52 @@ from fslora_jax.errors import UserError
 
 ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Set all three, or none where JAX finds them itself: SLURM, TPU pods, Kubernetes, Open MPI."""
+
+
+SECONDS = {"FSLORA_HEARTBEAT_TIMEOUT": 100, "FSLORA_WATCHDOG": 600}
+"""Further variables, with what they are by default: seconds after which a process that says nothing counts as dead, and
+the others end; seconds in which nothing moves until the watchdog says so."""
+
+LOST_CODE = os.EX_TEMPFAIL
+"""What the command line exits with when another process has gone: to be tried again."""
+
+GONE = re.compile("gloo|nccl|coordination service|heartbeat|closed by peer|reset by peer", re.I)
+"""In messages of collectives whose other end is no longer there."""
+
+
+class Lost(Exception):
+    """Another process of the run has gone, and without it nothing can be computed."""
+
+
+def seconds_of(name: str) -> float:
+    """The value of one of `SECONDS`.
+
+    Raises:
+      UserError: the environment has something else than a number above 0.
+    """
+    given = os.environ.get(name) or str(SECONDS[name])
+    if not re.fullmatch(r"\d+(\.\d+)?", given) or float(given) <= 0:
+        raise UserError(f"{name}: found {given!r}; expected seconds, such as {SECONDS[name]}")
+    return float(given)
+
+
+@contextmanager
+def losing_others() -> Iterator[None]:
+    """Makes one line of what a collective says when its other end has died.
+
+    Raises:
+      Lost: it has.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or not GONE.search(str(error)):
+            raise
+        raise Lost(
+            f"process {jax.process_index()} of {jax.process_count()} cannot go on, as another process has ended "
+            f"({' '.join(str(error).split())[:200]}); its own messages say why; run the same command in all of them "
+            "again to go on from the last checkpoint"
+        ) from None
 
 
 def join() -> None:
@@ -26,13 +76,17 @@ def join() -> None:
         raise UserError(
             f"--distributed: {missing} is not set; expected {', '.join(ENVIRONMENT)}, or none of them"
         )
+    patience = math.ceil(seconds_of("FSLORA_HEARTBEAT_TIMEOUT"))
+    meet = partial(
+        jax.distributed.initialize, heartbeat_timeout_seconds=patience, shutdown_timeout_seconds=patience
+    )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         if given:
             address, count, number = (given[name] for name in ENVIRONMENT)
-            jax.distributed.initialize(address, int(count), int(number))
+            meet(address, int(count), int(number))
         else:
-            jax.distributed.initialize()
+            meet()
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

@@ -15,5 +15,9 @@ for ((number = 0; number < count; number++)); do
   started+=($!)
 done
 for ((number = 0; number < count; number++)); do
-  wait -n # the first that fails ends the script, and with it the others
+  wait -n || { # the first that fails ends the script, and with it the others
+    code=$?
+    echo "several.sh: a process ended with code $code; the same command goes on from the last checkpoint" >&2
+    exit "$code"
+  }
 done

@@ -64,8 +64,9 @@ def test_several_processes_know_each_other(call):
         f"fslora id={n} of=3 at=127.0.0.1:5000 train configs/x.yaml --run-dir /runs/a b --distributed"
         for n in range(3)
     ]
-    code, calls, _ = call("several.sh", "3", *RUN, fails="fslora 1", code=2)
+    code, calls, err = call("several.sh", "3", *RUN, fails="fslora 1", code=2)
     assert code == 2
+    assert "ended with code 2; the same command goes on from the last checkpoint" in err
     assert "usage" in call("several.sh")[2]
 
 

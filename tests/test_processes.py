@@ -1,6 +1,8 @@
 """Two processes of four devices against one of eight, through the command line; and what one device makes of it."""
 
 import json
+import re
+import signal
 import socket
 
 import jax
@@ -12,7 +14,12 @@ from safetensors.numpy import load_file
 from fslora_jax import processes
 from fslora_jax.errors import UserError
 
-CHANGES = {"federation__num_rounds": 2, "mesh": {"clients": 4, "fsdp": 2}, "evaluate_every": 1}
+CHANGES = {
+    "federation__num_rounds": 8,
+    "mesh": {"clients": 4, "fsdp": 2},
+    "evaluate_every": 1,
+    "checkpoint_every": 2,
+}
 
 
 def devices(count, **environment):
@@ -23,12 +30,25 @@ def devices(count, **environment):
     )
 
 
+def pair(then="", **environment):
+    """What two processes of four devices run before the command, the same in both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [devices(4, **environment, JAX_PROCESS_ID=str(number)) + then for number in range(2)]
+
+
 def play(world, folder, drivers, *argv):
+    """The run in as many processes as there are ``drivers``: how they ended."""
     config = runs.write_config(folder.with_suffix(".yaml"), world, **CHANGES)
     started = [runs.start(world, "train", config, "--run-dir", folder, *argv, driver=d) for d in drivers]
-    for done in [runs.finish(process, 300) for process in started]:
+    return [runs.finish(process, 300) for process in started]
+
+
+def check_ended(processes):
+    for done in processes:
         assert done.returncode == 0, done.stderr
-    return runs.records(folder)
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +56,19 @@ def world(tmp_path_factory):
     return runs.make_world(tmp_path_factory.mktemp("processes"))
 
 
-def test_identity_7_two_processes_are_one_through_the_command_line(world, capsys):
+@pytest.fixture(scope="module")
+def two(world):
+    """The run of two processes to which nothing happens."""
+    check_ended(play(world, world.folder / "two", pair(), "--distributed"))
+    return world.folder / "two"
+
+
+def test_identity_7_two_processes_are_one_through_the_command_line(world, two, capsys):
     """The same metrics and adapter; process 0 alone writes; the checkpoint restores on one device."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    both = [devices(4, **names, JAX_PROCESS_ID=str(number)) for number in range(2)]
-    one = play(world, world.folder / "one", [devices(8)])
-    two = play(world, world.folder / "two", both, "--distributed")
-    assert [set(r) for r in two] == [set(r) for r in one]
-    for a, b in zip(one, two, strict=True):
+    check_ended(play(world, world.folder / "one", [devices(8)]))
+    one, records = runs.records(world.folder / "one"), runs.records(two)
+    assert [set(r) for r in records] == [set(r) for r in one]
+    for a, b in zip(one, records, strict=True):
         np.testing.assert_allclose([b[name] for name in a], list(a.values()), rtol=1e-4)
     expected, found = (
         load_file(world.folder / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")
@@ -55,9 +77,65 @@ def test_identity_7_two_processes_are_one_through_the_command_line(world, capsys
     for name, x in expected.items():
         np.testing.assert_allclose(found[name], x, rtol=1e-3, atol=1e-6, err_msg=name)
     assert jax.device_count() == 1
-    runs.call(world, "eval", world.folder / "two")
+    capsys.readouterr()
+    runs.call(world, "eval", two)
     evaluated = json.loads(capsys.readouterr().out)
-    assert evaluated["loss"] == pytest.approx(two[-1]["eval/loss"], rel=1e-4)
+    assert evaluated["loss"] == pytest.approx(records[-1]["eval/loss"], rel=1e-4)
+    assert not list((two / "heartbeats").iterdir())
+
+
+FAULT = """
+import os, signal, subprocess, time
+from fslora_jax.display import TerminalDisplay
+def told(self, done, *rest):
+    me, first = os.getpid(), os.environ["JAX_PROCESS_ID"] == "0"{what}
+TerminalDisplay.round = told
+"""
+STOPPED_THEN_ASKED_TO_LEAVE = """
+    if not first and done == 1:
+        subprocess.Popen(["sh", "-c", f"sleep 4; kill -CONT {me}"])
+        os.kill(me, signal.SIGSTOP)
+    if not first and done == 3:
+        os.kill(me, signal.SIGTERM)
+    time.sleep(1.5 if done >= 3 else 0)
+"""
+KILLED = """
+    if not first and done == 8:
+        os.kill(me, signal.SIGKILL)
+"""
+
+
+def test_one_of_two_processes_hangs_is_asked_to_leave_and_dies(world, two):
+    """It is named; both leave after the same round; the other one says what to do. What is left goes on to the bytes
+    of a run to which nothing happened."""
+    run, limits = world.folder / "faults", {"FSLORA_WATCHDOG": "2", "FSLORA_HEARTBEAT_TIMEOUT": "20"}
+
+    drivers = pair(FAULT.format(what=STOPPED_THEN_ASKED_TO_LEAVE), **limits)
+    left = play(world, run, drivers, "--distributed")
+    assert [done.returncode for done in left] == [143, 143], left
+    here = re.search(
+        r"fslora: no sign of life for 2 s from process 1 \((.+), pid \d+\) is in round 1, training",
+        left[0].stderr,
+    )
+    assert here, left[0].stderr
+    assert here[1] == socket.gethostname()
+    assert "fslora: going on" in left[0].stderr[here.end() :]
+    (stopped,) = {
+        re.search(r"stopped after round (\d) of 8, which is saved", done.stderr)[1] for done in left
+    }
+    assert int(stopped) >= 3
+    assert (run / "checkpoints" / stopped).is_dir()
+
+    alone, dead = play(world, run, pair(FAULT.format(what=KILLED), **limits), "--distributed")
+    assert dead.returncode == -signal.SIGKILL
+    assert alone.returncode == processes.LOST_CODE, alone.stderr
+    assert "process 0 of 2 cannot go on, as another process has ended" in alone.stderr
+    assert "run the same command in all of them again to go on from the last checkpoint" in alone.stderr
+    assert "Traceback" not in alone.stderr
+    assert json.loads((run / "heartbeats" / "1").read_text())["round"] == 8
+
+    check_ended(play(world, run, pair(), "--distributed"))
+    assert runs.results(run) == runs.results(two)
 
 
 def test_a_process_without_a_number_is_refused(monkeypatch):
@@ -65,6 +143,13 @@ def test_a_process_without_a_number_is_refused(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     monkeypatch.delenv("JAX_PROCESS_ID", raising=False)
     with pytest.raises(UserError, match="--distributed: JAX_PROCESS_ID is not set"):
+        processes.join()
+
+
+@pytest.mark.parametrize("value", ["soon", "0", "-1"])
+def test_limits_are_seconds(monkeypatch, value):
+    monkeypatch.setenv("FSLORA_HEARTBEAT_TIMEOUT", value)
+    with pytest.raises(UserError, match=f"^FSLORA_HEARTBEAT_TIMEOUT: found '{value}'; expected seconds"):
         processes.join()
 
 

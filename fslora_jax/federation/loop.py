@@ -25,9 +25,10 @@ from fslora_jax.federation.summary import draw_partition, told_truncated, write_
 from fslora_jax.log import JsonLines, Logger, open_loggers, read_records
 from fslora_jax.methods import Server
 from fslora_jax.preemption import Preempted, watching
-from fslora_jax.processes import leader_first, leads
+from fslora_jax.processes import leader_first, leads, seconds_of
 from fslora_jax.rundir import MEMORIES, keep_start, open_run, own_start, read_summary
 from fslora_jax.sharding import replicated
+from fslora_jax.watchdog import watchdog
 
 
 class Display(Protocol):
@@ -56,6 +57,8 @@ def run(config: Config, run_dir: Path, display: Display) -> dict[str, Any]:
         if finished is not None:
             display.stage("already finished")
             return finished
+        limits = map(seconds_of, ("FSLORA_WATCHDOG", "FSLORA_HEARTBEAT_TIMEOUT"))
+        at = stack.enter_context(watchdog(run_dir, *limits))
         display.stage("loading model and data")
         started = time.perf_counter()
         federation = set_up(own_start(run_dir, config))
@@ -64,14 +67,20 @@ def run(config: Config, run_dir: Path, display: Display) -> dict[str, Any]:
         if cut := told_truncated(config, federation):
             display.stage(cut)
         leader_first(lambda: draw_partition(federation, run_dir))
-        server, spent["compile_seconds"] = train(config, federation, run_dir, display)
+        server, spent["compile_seconds"] = train(config, federation, run_dir, display, at)
         display.stage("writing adapter and figures")
+        at(config.federation.num_rounds, "writing results")
         leader_first(lambda: write_results(config, federation, server, run_dir, spent))
         return read_summary(run_dir) or {}
 
 
-def train(config: Config, federation: Federation, run_dir: Path, display: Display) -> tuple[Server, float]:
-    """All remaining rounds; returns the final server and the seconds that compilation took."""
+def train(
+    config: Config, federation: Federation, run_dir: Path, display: Display, at: Callable[[int, str], None]
+) -> tuple[Server, float]:
+    """All remaining rounds; returns the final server and the seconds that compilation took.
+
+    ``at(round, step)`` hears what is done now.
+    """
     num_rounds, mesh, base = config.federation.num_rounds, federation.mesh, federation.task.base
     checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
     server = initial_server(config, federation)
@@ -96,17 +105,21 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
         calls = dispatches(config, done)
         upcoming = ahead.submit(cohorts_of, config, federation, calls[0])
         display.stage("compiling the round")
+        at(done, "compiling")
         programs = Programs(config, federation)
         programs.of(server, keys, remembering(upcoming.result(), memories))
         if not done:
             display.stage("evaluating the start")
+            at(0, "evaluating")
             write(loggers, {"round": 0, **evaluate(server)})
         for number, rounds in enumerate(calls):
+            at(rounds.start + 1, "waiting for data")
             asked = time.perf_counter()
             cohort, started = remembering(upcoming.result(), memories), time.perf_counter()
             if number + 1 < len(calls):
                 upcoming = ahead.submit(cohorts_of, config, federation, calls[number + 1])
             step = programs.of(server, keys, cohort)
+            at(rounds.start + 1, "training")
             with jax.transfer_guard("disallow"):
                 server, played = step(base, server, keys, cohort)
             parts = by_round(rounds, cohort, played)
@@ -116,6 +129,7 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
             seconds = time.perf_counter() - started
             done = rounds.stop
             if done % config.evaluate_every == 0 or done == num_rounds:
+                at(done, "evaluating")
                 records[-1] |= evaluate(server) | private(done)
             speed = speed_of(cohort, config.clients_per_round, seconds, started - asked, len(rounds))
             for record in records:
@@ -124,6 +138,7 @@ def train(config: Config, federation: Federation, run_dir: Path, display: Displa
             display.round(done, num_rounds, records[-1] | speed)
             stopping = stop_is_due(done) and done < num_rounds
             if stopping or done % config.checkpoint_every == 0 or done == num_rounds:
+                at(done, "saving")
                 checkpoints.save(done, server, memories)
             if stopping:
                 raise Preempted(f"{run_dir}: stopped after round {done} of {num_rounds}, which is saved")
