@@ -2,6 +2,9 @@
 
 import dataclasses
 import logging
+import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +14,7 @@ from jaxtyping import PyTree
 from safetensors import SafetensorError, flax
 
 from fslora_jax.errors import UserError
+from fslora_jax.processes import agreed, leader_first
 
 FILE, FILES = "server.safetensors", "clients"
 
@@ -120,6 +124,33 @@ class Checkpoints:
                 "folder to go on from the one before"
             ) from None
 
+    def resume(self, start: PyTree, files: Files | None, tell: Callable[[str], None]) -> tuple[int, PyTree]:
+        """The newest round that can be read, and its state; 0 and ``start`` where nothing is saved.
+
+        Newer ones that cannot are told, and set aside as ``ROUND.unreadable``, so that their rounds can be saved again.
+
+        Raises:
+          UserError: there are checkpoints, and none can be read.
+        """
+        bad: dict[int, UserError] = {}
+        for t in reversed(self.rounds()):
+            state, failure = start, None
+            try:
+                state = self.restore(t, start, files)
+            except UserError as error:
+                failure = error
+            if not agreed(failure is None):
+                bad[t] = failure or UserError(f"{self._folder / str(t)}: another process cannot read it")
+                continue
+            for newer, error in bad.items():
+                tell(f"{str(error).split('; delete')[0]}; going on from round {t}")
+                leader_first(partial(set_aside, self._folder / str(newer)))
+            self._manager.reload()
+            return t, state
+        if bad:
+            raise next(iter(bad.values()))
+        return 0, start
+
     def files(self, round: int) -> Path:
         """The folder of what was saved as files with a round."""
         return self._folder / str(round) / "default" / FILES
@@ -127,6 +158,22 @@ class Checkpoints:
     def close(self) -> None:
         """Releases the folder."""
         self._manager.close()
+
+
+def set_aside(folder: Path) -> None:
+    """Renames a checkpoint that cannot be read, in place of an earlier one of the round.
+
+    Raises:
+      UserError: that is not allowed.
+    """
+    aside = folder.with_name(f"{folder.name}.unreadable")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be read, and not renamed to {aside.name}: {error.strerror}; mend its permissions"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

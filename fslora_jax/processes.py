@@ -120,6 +120,11 @@ def leader_first(action: Callable[[], None]) -> None:
         raise failure
 
 
+def agreed(well: bool) -> bool:
+    """Whether it went well in all processes."""
+    return well if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(well)).all())
+
+
 def fetch(tree: Any) -> Any:
     """Arrays as NumPy, whole in every process."""
     return jax.tree.map(

@@ -307,13 +307,22 @@ def test_another_process_in_the_folder(interrupted, capsys):
     assert contents(interrupted.run) == before
 
 
-def test_without_its_checkpoint_folder_a_run_goes_on_from_the_one_before(interrupted, finished, capsys):
-    """What the message of a damaged checkpoint tells to do, works."""
-    shutil.copytree(finished / "checkpoints" / "4", interrupted.run / "checkpoints" / "4")
-    cut(interrupted.run / "checkpoints" / "4" / "default" / "server.safetensors")
-    assert str(interrupted.run / "checkpoints" / "4") in interrupted.refused(capsys)
-    shutil.rmtree(interrupted.run / "checkpoints" / "4")
+def forbid(path: Path) -> None:
+    """What cannot be opened; as root, a permission would not do."""
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [cut, Path.unlink, forbid])
+def test_a_run_goes_on_from_the_last_checkpoint_that_can_be_read(interrupted, finished, capsys, damage):
+    newest = interrupted.run / "checkpoints" / "4"
+    shutil.copytree(finished / "checkpoints" / "4", newest)
+    damage(newest / "default" / "server.safetensors")
     assert interrupted.finish()["metrics.jsonl"] == (finished / "metrics.jsonl").read_bytes()
+    said = "".join(capsys.readouterr().err.split())  # lines of the terminal's width
+    assert f"{newest}:thecheckpointcannotberead:" in said
+    assert ";goingonfromround2" in said
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["2", "4", "4.unreadable"]
 
 
 def meetings(run: Path, word: str) -> dict[int, list[int]]:

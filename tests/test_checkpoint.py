@@ -111,6 +111,34 @@ def test_every_damaged_file_gives_one_line_or_the_right_values(saved):
     assert refused == 2  # both of the file with the arrays; the others are orbax's notes
 
 
+def test_the_newest_that_can_be_read_is_resumed_from(saved):
+    told, checkpoints = [], Checkpoints(saved, keep=3)
+    assert checkpoints.resume(state(0), None, told.append)[0] == 2
+    checkpoints.save(3, state(1.0))
+    (saved / "3" / "default" / "server.safetensors").write_bytes(b"")
+    (saved / "2" / "default" / "server.safetensors").unlink()
+    t, back = checkpoints.resume(state(0), None, told.append)
+    assert t == 1
+    np.testing.assert_array_equal(back["weights"]["a"], state(1 / 3)["weights"]["a"])
+    assert [text.split(":")[0] for text in told] == [str(saved / "3"), str(saved / "2")]
+    assert all(text.endswith("; going on from round 1") and "delete" not in text for text in told)
+    assert checkpoints.rounds() == [1]
+    checkpoints.save(2, state(2.0))  # the name is free again
+    assert checkpoints.rounds() == [1, 2]
+    checkpoints.close()
+
+
+def test_where_no_checkpoint_can_be_read_nothing_is_moved(saved):
+    for path in saved.glob("*/default/server.safetensors"):
+        path.write_bytes(b"rubbish")
+    before = runs.snapshot(saved)
+    checkpoints = Checkpoints(saved, keep=2)
+    with pytest.raises(UserError, match="/2: the checkpoint cannot be read"):
+        checkpoints.resume(state(0), None, print)
+    checkpoints.close()
+    assert runs.snapshot(saved) == before
+
+
 def test_another_shape_is_refused(saved):
     checkpoints = Checkpoints(saved, keep=2)
     other = state(0)

@@ -85,9 +85,7 @@ def train(
     checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
     server = initial_server(config, federation)
     memories = open_memories(config, federation, server, run_dir / MEMORIES)
-    done = max(checkpoints.rounds(), default=0)
-    if done:
-        server = checkpoints.restore(done, server, memories)
+    done, server = checkpoints.resume(server, memories, display.stage)
     if done == num_rounds:  # killed between the last checkpoint and the summary
         checkpoints.close()
         return server, 0.0
