@@ -1,4 +1,4 @@
-"""The command line: ``fslora train | study | describe | eval | export | plan | methods | bench``."""
+"""The command line: ``fslora train | study | report | describe | eval | export | plan | methods | bench``."""
 
 import dataclasses
 import os
@@ -24,6 +24,7 @@ from fslora_jax.list_methods import methods_command
 from fslora_jax.plan.command import plan_command
 from fslora_jax.preemption import EXIT_CODE, Preempted
 from fslora_jax.processes import LOST_CODE, Lost, join, leads, losing_others
+from fslora_jax.report.command import report_command
 from fslora_jax.study.command import study_command
 
 USAGE = """\
@@ -35,6 +36,7 @@ federated round is one compiled program.
 commands:
   train CONFIG.yaml   train, or go on with a run folder that exists; any setting can be overridden
   study STUDY.yaml    a grid of runs, resumable, with tables over repetitions
+  report FOLDER...    a run or a study as one page with figures, for a browser without network
   describe MODEL      what a model, its adapter and a cohort cost: sizes, bytes sent, memory; reads no weights
   eval FOLDER         evaluate a run folder or a PEFT adapter
   export RUN          write a PEFT adapter: the global one, one client's at its own rank, or all clients';
@@ -117,6 +119,7 @@ def export_command(argv: Sequence[str]) -> None:
 COMMANDS = {
     "train": train_command,
     "study": study_command,
+    "report": report_command,
     "describe": describe_command,
     "eval": eval_command,
     "export": export_command,

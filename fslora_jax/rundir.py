@@ -122,7 +122,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _check_same(run_dir: Path, config: Config) -> None:
-    old, new = (_flat(yaml.safe_load(dump_config(c))) for c in (load_config(run_dir / CONFIG), config))
+    old, new = (flat(yaml.safe_load(dump_config(c))) for c in (load_config(run_dir / CONFIG), config))
     names = (
         name for name in {**old, **new} if not name.startswith("mesh.")
     )  # a run may go on on other devices
@@ -136,7 +136,12 @@ def _check_same(run_dir: Path, config: Config) -> None:
         )
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names.
+
+    >>> flat({"a": {"b": 1}, "c": {}})
+    {'a.b': 1, 'c': {}}
+    """
     if not isinstance(values, dict) or not values:
         return {prefix.rstrip("."): values}
-    return {k: v for name, value in values.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
+    return {k: v for name, value in values.items() for k, v in flat(value, f"{prefix}{name}.").items()}

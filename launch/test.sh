@@ -5,6 +5,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 launch/setup.sh test
 bin=$PWD/${VENV:-.venv}/bin
+# The report's page is tested in a browser, where there is one or it can be had.
+if ! command -v chromium >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+  { apt-get update && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y --no-install-recommends chromium; } \
+    >/dev/null 2>&1 || echo "no Chromium: the tests of the page in a browser are skipped"
+fi
 say() { printf '\n== %s\n' "$*"; }
 
 say format and lint

@@ -1,0 +1,205 @@
+"""What is in run folders and study folders, finished or not, read only."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from fslora_jax.errors import UserError
+from fslora_jax.federation.fairness import CLIENTS
+from fslora_jax.log import Record, read_records
+from fslora_jax.rundir import CONFIG, MADE_BY, METRICS, SUMMARY, flat
+from fslora_jax.study.points import TRIALS
+from fslora_jax.study.tuning import DIVERGED
+
+STUDY = "study.json"
+OTHERS = ("partition.json", "theory.json", MADE_BY)
+"""What a run folder may hold beside."""
+NEEDED = ("before", "after", "rounds", "up_bytes", "down_bytes", "compile_seconds")
+"""What a report takes from ``summary.json``."""
+MANY = 4
+"""Settings that differ, beyond which single runs are told apart by their names instead."""
+
+
+class Run(NamedTuple):
+    """One run: its place on the axes, its dotted settings, and what it has written so far."""
+
+    name: str
+    folder: Path
+    grid: str
+    labels: dict[str, str]
+    settings: dict[str, Any] = {}
+    records: list[Record] = []
+    clocks: list[Record] = []
+    clients: list[Record] = []
+    partition: dict[str, Any] = {}
+    theory: dict[str, Any] = {}
+    made_by: dict[str, Any] = {}
+    summary: dict[str, Any] | None = None
+    trouble: str = ""
+
+    @property
+    def trial(self) -> bool:
+        """Whether it only chose settings, on validation data; what it measured is not compared with the others."""
+        return self.grid.endswith(TRIALS)
+
+    @property
+    def state(self) -> str:
+        """``finished``, ``diverged``, ``unreadable``, ``round 3 of 10`` or ``not begun``."""
+        if self.trouble:
+            return "unreadable"
+        if (self.folder / DIVERGED).exists():
+            return "diverged"
+        if self.summary is not None:
+            return "finished"
+        if not self.settings:
+            return "not begun"
+        done = self.records[-1]["round"] if self.records else 0
+        return f"round {done} of {self.settings['federation.num_rounds']}"
+
+
+class Subject(NamedTuple):
+    """What a report is about; points that differ in ``repeat`` alone are repetitions of each other.
+
+    Choices of the axis ``compare`` are also compared at equal uploaded bytes.
+    """
+
+    title: str
+    kind: str
+    question: str
+    repeat: str
+    compare: str
+    runs: list[Run]
+
+
+def read_subject(folders: Sequence[Path]) -> Subject:
+    """Reads studies and runs; a study's run that cannot be read is kept with the reason.
+
+    Raises:
+      UserError: a folder is no run and no study, or of an older version.
+    """
+    folders = list({folder.resolve(): folder for folder in folders}.values())
+    studies = [folder for folder in folders if (folder / STUDY).is_file()]
+    plain = [folder for folder in folders if folder not in studies]
+    plans = [_read_plan(folder) for folder in studies]
+    runs = [
+        _study_run(folder, point, f"{folder.name}/" if len(folders) > 1 else "")
+        for folder, plan in zip(studies, plans, strict=True)
+        for point in plan["points"]
+    ]
+    runs += _placed([read_run(folder) for folder in plain])
+    asked = [plan["study"].get("question") for plan in plans]
+    first = plans[0]["study"] if plans else {}
+    return Subject(
+        ", ".join(folder.resolve().name for folder in folders),
+        "comparison" if len(folders) > 1 else "study" if studies else "run",
+        " ".join(filter(None, dict.fromkeys(asked))),
+        first.get("repeat", "seed"),
+        first.get("compare") or "",
+        runs,
+    )
+
+
+def read_run(folder: Path, name: str = "", grid: str = "", labels: dict[str, str] | None = None) -> Run:
+    """Reads one run folder.
+
+    Raises:
+      UserError: no run folder, or a file in it is none of this version's.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{folder}: no run folder (it has no {CONFIG}) and no study (it has no {STUDY}); "
+            "expected the --run-dir of a `fslora train` or the --out of a `fslora study`"
+        )
+    settings = flat(_read(folder / CONFIG))
+    if "federation.num_rounds" not in settings:
+        raise _older(folder / CONFIG, "federation.num_rounds")
+    summary = _read(folder / SUMMARY) if (folder / SUMMARY).exists() else None
+    if missing := [name for name in NEEDED if summary is not None and name not in summary]:
+        raise _older(folder / SUMMARY, missing[0])
+    partition, theory, made_by = (
+        _read(path) if path.exists() else {} for path in map(folder.joinpath, OTHERS)
+    )
+    return Run(
+        name or folder.resolve().name,
+        folder,
+        grid,
+        labels or {},
+        settings,
+        _read_rounds(folder / METRICS),
+        _read_rounds(folder / "timings.jsonl"),
+        read_records(folder / CLIENTS),
+        partition,
+        theory,
+        made_by,
+        summary,
+    )
+
+
+def _study_run(out: Path, point: dict[str, str], prefix: str) -> Run:
+    folder = out / point["name"]
+    labels = {axis: label for axis, label in point.items() if axis not in ("name", "grid")}
+    place = (prefix + point["name"], folder, prefix + point["grid"], labels)
+    if not (folder / CONFIG).is_file():
+        return Run(*place)
+    try:
+        return read_run(folder, place[0], *place[2:])
+    except UserError as error:
+        return Run(*place, trouble=str(error))
+
+
+def _placed(runs: list[Run]) -> list[Run]:
+    """Runs that no study has placed: their axes are the settings in which they differ, or else their names."""
+    if len(runs) < 2:
+        return runs
+    named = [run.name for run in runs]
+    runs = [run if named.count(run.name) == 1 else run._replace(name=str(run.folder)) for run in runs]
+    axes = different(runs)
+    labels = [{axis: str(run.settings.get(axis, "")) for axis in axes} for run in runs]
+    if len(axes) > MANY or len({tuple(label.values()) for label in labels}) < len(runs):
+        labels = [{"run": run.name} for run in runs]
+    return [run._replace(labels=label) for run, label in zip(runs, labels, strict=True)]
+
+
+def different(runs: Sequence[Run]) -> list[str]:
+    """Settings in which runs differ, but for the devices."""
+    names = dict.fromkeys(name for run in runs for name in run.settings if not name.startswith("mesh."))
+    return [name for name in names if len({str(run.settings.get(name)) for run in runs}) > 1]
+
+
+def _read_plan(out: Path) -> dict[str, Any]:
+    plan = _read(out / STUDY)
+    points = plan.get("points")
+    if not isinstance(plan.get("study"), dict) or not isinstance(points, list):
+        raise _older(out / STUDY, "points" if "study" in plan else "study")
+    if not all(isinstance(point, dict) and {"name", "grid"} <= point.keys() for point in points):
+        raise _older(out / STUDY, "points' name and grid")
+    return plan
+
+
+def _read_rounds(path: Path) -> list[Record]:
+    records = read_records(path)
+    if not all(isinstance(record, dict) and "round" in record for record in records):
+        raise _older(path, "round")
+    return records
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON or YAML file that holds a mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}; is it damaged?") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: found {type(values).__name__}, expected a mapping; is it damaged?")
+    return values
+
+
+def _older(path: Path, missing: str) -> UserError:
+    return UserError(
+        f"{path}: has no {missing!r}, so another version of fslora_jax wrote it; expected the files of this one: "
+        "run the study or training again, or report with the version that wrote it"
+    )

@@ -1,0 +1,130 @@
+"""The answer in words and numbers, before any figure."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from fslora_jax.report.collect import Run, Subject
+from fslora_jax.report.names import number, told, words
+from fslora_jax.report.statistics import Row, grouped
+from fslora_jax.report.tables import ALL, Tables
+
+LISTED = 6
+"""Differences told one by one."""
+
+
+def standing(runs: Sequence[Run]) -> str:
+    """How far the runs are, in a sentence.
+
+    >>> from pathlib import Path
+    >>> here = Path()
+    >>> standing([Run("a", here, "g", {}), Run("b", here, "g", {}, trouble="torn")])
+    '0 of 2 runs have finished; 1 has not begun, 1 cannot be read.'
+    """
+    count = Counter(run.state.partition(" ")[0] for run in runs)
+    if count["finished"] == len(runs):
+        return "The run has finished." if len(runs) == 1 else f"All {len(runs)} runs have finished."
+    others = [
+        (count["round"], "has begun", "have begun"),
+        (count["not"], "has not begun", "have not begun"),
+        (count["unreadable"], "cannot be read", "cannot be read"),
+        (count["diverged"], "has diverged", "have diverged"),
+    ]
+    told = ", ".join(f"{n} {one if n == 1 else many}" for n, one, many in others if n)
+    if len(runs) == 1:
+        return f"The run has not finished: it is at {runs[0].state}."
+    return f"{count['finished']} of {len(runs)} runs have finished; {told}."
+
+
+def answer(subject: Subject, t: Tables) -> list[str]:
+    """Sentences: of each panel the best and the worst, or what a single run did; then differences."""
+    if not t.means:
+        return [*_so_far(t)] or ["Nothing has been measured yet."]
+    return [*_finals(t), *_differences(t), *_bound(subject.runs)]
+
+
+def _finals(t: Tables) -> Iterator[str]:
+    for (panel,), rows in grouped(t.means, "panel").items():
+        metric, lower = rows[0]["metric"], rows[0]["metric"] == "loss"
+        ordered = sorted(rows, key=lambda row: row["mean"], reverse=not lower)
+        best, worst = ordered[0], ordered[-1]
+        name = f"{panel}: {words(metric)}" if panel else words(metric).capitalize()
+        start = "" if math.isnan(best["start"]) else f"; before training {number(best['start'])}"
+        if len(rows) == 1:
+            where = "" if best["series"] == ALL else f" with {best['series']}"
+            yield f"{name} is {value(best)}{where}{start}."
+        else:
+            high, low = ("lowest", "highest") if lower else ("highest", "lowest")
+            yield (
+                f"{name} is {high} with {best['series']}: {value(best)}; "
+                f"{low} with {worst['series']}: {value(worst)}{start}."
+            )
+
+
+def _differences(t: Tables) -> Iterator[str]:
+    known = [row for row in t.differences if row["n"] > 1]
+    clear = [row for row in known if row["low"] > 0 or row["high"] < 0]
+    for row in sorted(clear, key=lambda row: (row["high"] - row["low"]) / abs(row["mean"]))[:LISTED]:
+        where = ", ".join(filter(None, (row["panel"], row["where"])))
+        yield (
+            f"{told({row['axis']: row['choice']})} instead of {row['against']} changes {words(row['metric'])} by "
+            f"{row['mean']:+.3f} ± {half(row):.3f}{f' ({where})' if where else ''}, over {row['n']} pairs."
+        )
+    if known:
+        them = f"{len(clear)} {'has an interval that leaves' if len(clear) == 1 else 'have intervals that leave'} out 0"
+        yield f"Of {len(known)} paired differences {them}; by chance alone one in twenty would."
+
+
+def _so_far(t: Tables) -> Iterator[str]:
+    """While nothing is finished: the last evaluation of each series."""
+    for (panel, series, measure), rows in grouped(t.curves, "panel", "series", "measure").items():
+        if measure == t.metrics[str(panel)]:
+            name = ": ".join(filter(None, (str(panel), str(series) if series != ALL else "")))
+            last = rows[-1]
+            yield (
+                f"{name}{', ' if name else ''}so far: {words(str(measure))} {number(last['mean'])} "
+                f"after round {last['round']}."
+            )
+
+
+def _bound(runs: Sequence[Run]) -> Iterator[str]:
+    for run in runs:
+        bound = run.theory.get("bound", {})
+        if "measured_mean" in bound:
+            yield (
+                f"{run.name}: over {bound['rounds']} rounds the mean of the squared gradient is "
+                f"{bound['measured_mean']:.3g}; the theorem bounds it by {bound['theorem']['total']:.3g}."
+            )
+
+
+def facts(run: Run) -> dict[str, str]:
+    """Of a single run, what its last table shows."""
+    s = run.summary
+    if s is None:
+        return {}
+    of_full = [tier["up_bytes"] / s["full_rank"]["up_bytes"] for tier in s.get("tiers", [])]
+    found = {
+        "rounds": str(s["rounds"]),
+        "uploaded by all clients": f"{s['up_bytes'] / 1e6:,.1f} MB",
+        "downloaded": f"{s['down_bytes'] / 1e6:,.1f} MB",
+        "a client's upload, of rank-r LoRA": f"{min(of_full):.1%} to {max(of_full):.1%}" if of_full else "",
+        "time of all rounds": f"{sum(clock.get('seconds', 0) for clock in run.clocks):,.0f} s",
+        "compilation": f"{s['compile_seconds']:.1f} s",
+        "simulated time": f"{s['simulated_seconds']:,.0f} s" if s.get("simulated_seconds") else "",
+        "most host memory": f"{max(c.get('host_mb', 0) for c in run.clocks):,.0f} MB" if run.clocks else "",
+    }
+    return {name: text for name, text in found.items() if text and text != "0 MB"}
+
+
+def value(row: Row) -> str:
+    """A mean with half its interval and the number of repetitions.
+
+    >>> value({"mean": 0.5, "low": 0.4, "high": 0.6, "n": 3}), value({"mean": 0.5, "n": 1})
+    ('0.500 ± 0.100 (n = 3)', '0.500')
+    """
+    return number(row["mean"]) + (f" ± {half(row):.3f} (n = {row['n']})" if row["n"] > 1 else "")
+
+
+def half(row: Row) -> float:
+    """Half the width of an interval."""
+    return (row["high"] - row["low"]) / 2
