@@ -1,4 +1,4 @@
-"""The command line: ``fslora train | study | report | describe | eval | export | plan | methods | bench``."""
+"""The command line: ``fslora train | study | report | theory | describe | eval | export | plan | methods | bench``."""
 
 import dataclasses
 import os
@@ -26,6 +26,7 @@ from fslora_jax.preemption import EXIT_CODE, Preempted
 from fslora_jax.processes import LOST_CODE, Lost, join, leads, losing_others
 from fslora_jax.report.command import report_command
 from fslora_jax.study.command import study_command
+from fslora_jax.theory.command import theory_command
 
 USAGE = """\
 usage: fslora COMMAND ...
@@ -37,6 +38,7 @@ commands:
   train CONFIG.yaml   train, or go on with a run folder that exists; any setting can be overridden
   study STUDY.yaml    a grid of runs, resumable, with tables over repetitions
   report FOLDER...    a run or a study as one page with figures, for a browser without network
+  theory RUN          the convergence theorem beside what a run measures: variances, smoothness, gradients
   describe MODEL      what a model, its adapter and a cohort cost: sizes, bytes sent, memory; reads no weights
   eval FOLDER         evaluate a run folder or a PEFT adapter
   export RUN          write a PEFT adapter: the global one, one client's at its own rank, or all clients';
@@ -120,6 +122,7 @@ COMMANDS = {
     "train": train_command,
     "study": study_command,
     "report": report_command,
+    "theory": theory_command,
     "describe": describe_command,
     "eval": eval_command,
     "export": export_command,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -84,6 +85,40 @@ def run_figures(records: Sequence[Mapping[str, float]], folder: Path) -> None:
         axes.plot(sent, column(evaluated, metric), "o-", color=colour, label=way)
     axes.legend(frameon=False)
     _save(figure, folder / "traffic.png")
+
+
+def gradient_figure(
+    points: Sequence[Mapping[str, Any]],
+    rounds: Sequence[int],
+    bounds: Mapping[str, Sequence[float]],
+    path: Path,
+) -> None:
+    """Draw ``value``, ``low`` and ``high`` of a squared gradient by ``round``, and bounds on its mean so far."""
+    figure, axes = _axes("rounds", r"$|\nabla f_S|^2$")
+    for (name, curve), colour in zip(bounds.items(), OKABE_ITO[1:], strict=False):
+        axes.plot(rounds, curve, color=colour, label=f"bound on the mean: {name}")
+    value = np.array([p["value"] for p in points])
+    ends = np.array([[p["value"] - p["low"], p["high"] - p["value"]] for p in points]).T
+    at = [p["round"] for p in points]
+    axes.errorbar(at, value, ends, fmt="o", capsize=3, color=OKABE_ITO[0], label="measured, 95 %")
+    axes.set_yscale("log", nonpositive="clip")
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def growth_figure(growth: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw ``value``, ``low``, ``high`` and ``theory`` of an update's variance by ``local_steps``, a colour a name."""
+    figure, axes = _axes("local steps", "variance of the local update")
+    for name, colour in zip(dict.fromkeys(x["name"] for x in growth), OKABE_ITO, strict=False):
+        mine = [x for x in growth if x["name"] == name]
+        at = [x["local_steps"] for x in mine]
+        low, high = ([x[end] for x in mine] for end in ("low", "high"))
+        axes.fill_between(at, low, high, color=colour, alpha=0.2)
+        axes.plot(at, [x["value"] for x in mine], "o-", color=colour, label=name.split()[-1])
+        axes.plot(at, [x["theory"] for x in mine], ":", color=colour)
+    axes.set(xscale="log", yscale="log")
+    axes.legend(frameon=False, title="sketch (dotted: theory)")
+    _save(figure, path)
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Axes]:

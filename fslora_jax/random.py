@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     PARTICIPATION = 10
     HELD_OUT = 11
     VALIDATION = 12
+    THEORY = 13
 
 
 def device_key(seed: int, purpose: Purpose) -> Key[Array, ""]:

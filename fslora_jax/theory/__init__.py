@@ -1,0 +1,1 @@
+"""The convergence theorem of FSLoRA against measurement: the quantities in it, estimated along a run."""
