@@ -65,6 +65,8 @@ def test_at_equal_bytes_the_dearer_choice_is_read_where_the_cheaper_ends(study):
     assert by_series["main, ratio 1.0"]["mean"] == pytest.approx((0.5 + SECOND.mean()) / 2)
     assert {row["up_MB"] for row in t.equal if row["series"].startswith("main")} == {1.0}
     assert len(t.equal_differences) == 1
+    told = answer(read_subject([study]), t)
+    assert any(f"the best is main, ratio 0.5 at 1.000 MB: {FIRST.mean():.3f}" in line for line in told)
 
 
 def test_curves_are_means_over_the_seeds_that_have_come_so_far(tmp_path):
@@ -217,6 +219,8 @@ def test_mistakes_are_one_line(tmp_path, study):
     (old / "summary.json").write_text('{"accuracy": 0.7}')
     torn = make_run(tmp_path / "torn")
     (torn / "summary.json").write_text("{")
+    drawn = make_run(tmp_path / "drawn")
+    (drawn / "theory.json").write_text('{"estimates": [{"name": "f", "value": 1.0}]}')
     for folder, words in (
         (tmp_path / "empty", "no run folder"),
         (old, "has no 'before'"),

@@ -86,7 +86,7 @@ def _note(rows: Sequence[Row], what: str) -> str:
     return (
         f"{what}, with 95 % intervals (Student's t)."
         if any(row["n"] > 1 for row in rows)
-        else "One run each, so without intervals."
+        else "Without repetitions there are no intervals."
     )
 
 
@@ -99,10 +99,9 @@ def _finals(t: Tables) -> Chart:
 
 def _differences(t: Tables) -> Chart:
     rows = [
-        row
-        | {"series": f"{told({row['axis']: row['choice']})} instead of {row['against']}"}
-        | ({"series": f"{row['choice']} instead of {row['against']}, {row['where']}"} if row["where"] else {})
+        row | {"series": f"{told({row['axis']: row['choice']})} instead of {row['against']}{where}"}
         for row in t.differences
+        for where in [f", {row['where']}" if row["where"] else ""]
     ]
     note = (
         "The choice minus the first choice of its axis, all else equal, paired over the repetitions, with 95 % "

@@ -122,15 +122,18 @@ def read_run(folder: Path, name: str = "", grid: str = "", labels: dict[str, str
     partition, theory, made_by = (
         _read(path) if path.exists() else {} for path in map(folder.joinpath, OTHERS)
     )
+    for found, needed in ((theory.get("estimates", []), "round"), (theory.get("growth", []), "local_steps")):
+        if not all({"name", "value", needed} <= row.keys() for row in found):
+            raise _older(folder / "theory.json", needed)
     return Run(
         name or folder.resolve().name,
         folder,
         grid,
         labels or {},
         settings,
-        _read_rounds(folder / METRICS),
-        _read_rounds(folder / "timings.jsonl"),
-        read_records(folder / CLIENTS),
+        _read_lines(folder / METRICS, "round"),
+        _read_lines(folder / "timings.jsonl", "round"),
+        _read_lines(folder / CLIENTS, "client"),
         partition,
         theory,
         made_by,
@@ -179,10 +182,10 @@ def _read_plan(out: Path) -> dict[str, Any]:
     return plan
 
 
-def _read_rounds(path: Path) -> list[Record]:
+def _read_lines(path: Path, needed: str) -> list[Record]:
     records = read_records(path)
-    if not all(isinstance(record, dict) and "round" in record for record in records):
-        raise _older(path, "round")
+    if not all(isinstance(record, dict) and needed in record for record in records):
+        raise _older(path, needed)
     return records
 
 

@@ -1,6 +1,7 @@
 """How settings, places, metrics and numbers are called on the page and on paper."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,12 +30,12 @@ def told(labels: Mapping[str, str]) -> str:
 
 
 def words(metric: str) -> str:
-    """A metric's name in words.
+    """A metric's name in words; a symbol's index stays.
 
-    >>> words("eval/matthews_correlation")
-    'matthews correlation'
+    >>> words("eval/matthews_correlation"), words("sigma_g^2")
+    ('matthews correlation', 'sigma_g^2')
     """
-    return metric.removeprefix("eval/").replace("_", " ")
+    return re.sub("_(?=[a-z]{2})", " ", metric.removeprefix("eval/"))
 
 
 def number(x: Any) -> str:

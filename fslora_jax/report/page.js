@@ -2,7 +2,15 @@
 "use strict";
 
 const charts = JSON.parse(document.getElementById("data").textContent);
-const hidden = new Set(); // series that the legend has switched off, in all charts
+const hidden = new Set(); // series that a legend has switched off, in all charts that have one
+const FEW = 10; // series that are shown at first
+
+for (const chart of Object.values(charts)) {
+  const columns = Object.entries(chart.columns).map(([name, c]) => [name, c.texts ? c.at.map((i) => c.texts[i]) : c]);
+  chart.rows = columns[0][1].map((_, i) => Object.fromEntries(columns.map(([name, column]) => [name, column[i]])));
+  chart.legend = chart.kind === "lines" || chart.kind === "shares";
+  if (chart.kind === "lines") for (const series of Object.keys(chart.series).slice(FEW)) hidden.add(series);
+}
 
 const format = (x) => {
   if (x === null || x === undefined) return "";
@@ -38,23 +46,26 @@ function lines(chart, rows, { width, label, measure, x }) {
   const bars = chart.ends === "bars";
   const name = measure === "main" ? chart.metrics[rows[0].panel] : chart.measures[measure];
   const marks = [Plot.gridY({ ticks: 5 })];
-  for (const series of new Set(rows.map((d) => d.series))) {
+  const names = [...new Set(rows.map((d) => d.series))];
+  names.forEach((series, i) => {
     const mine = rows.filter((d) => d.series === series);
     const ends = mine.filter((d) => d.low !== null && d.low !== undefined);
     const stroke = colour(chart, series);
-    if (bars) marks.push(Plot.ruleX(ends, { x, y1: "low", y2: "high", stroke, strokeWidth: 1.5 }));
+    const dx = bars ? 3 * (i - (names.length - 1) / 2) : 0; // intervals beside each other
+    if (bars) marks.push(Plot.ruleX(ends, { x, y1: "low", y2: "high", dx, stroke, strokeWidth: 1.5 }));
     else if (ends.length > 1) marks.push(Plot.areaY(ends, { x, y1: "low", y2: "high", fill: stroke, fillOpacity: 0.14 }));
-    marks.push(Plot.lineY(mine, { x, y: "mean", stroke, strokeWidth: 1.8, strokeDasharray: dash(chart, series) }));
-    if (mine.length <= 40)
-      marks.push(Plot.dot(mine, { x, y: "mean", symbol: chart.series[series].marker, r: 3.5, stroke, fill: stroke }));
-  }
+    marks.push(Plot.lineY(mine, { x, y: "mean", dx, stroke, strokeWidth: 1.8, strokeDasharray: dash(chart, series) }));
+    const every = Math.ceil(mine.length / 12);
+    const marked = mine.filter((_, j) => (mine.length - 1 - j) % every === 0);
+    marks.push(Plot.dot(marked, { x, y: "mean", dx, symbol: chart.series[series].marker, r: 3.5, stroke, fill: stroke }));
+  });
   const title = (d) => [d.series, `${name}: ${interval(d)}`, `${chart.xs[x]}: ${format(d[x])}`, ...(d.n > 1 ? [`${d.n} repetitions`] : [])].join("\n");
   marks.push(Plot.tip(rows, Plot.pointer({ x, y: "mean", title })));
   const type = bars && log(rows.map((d) => d[x])) ? "log" : "linear";
   return plot(width, label, {
     height: 260,
     marginLeft: 52,
-    x: { label: chart.xs[x], labelArrow: "none", type, inset: bars ? 10 : 0, nice: !bars, ticks: Math.min(7, width / 60), tickFormat: format, labelOffset: 38 },
+    x: { label: chart.xs[x], labelArrow: "none", type, inset: bars ? 14 : 0, nice: !bars, ticks: Math.min(7, width / 60), tickFormat: format, labelOffset: 38 },
     y: { label: name, labelArrow: "none", nice: true, ticks: 5, tickFormat: format },
     marks,
   });
@@ -139,23 +150,36 @@ function swatch(chart, series) {
   return svg;
 }
 
-// A button for each series that could be shown, but for charts whose rows have names.
+function toggle(change) {
+  change();
+  for (const button of document.querySelectorAll(".legend [data-series]"))
+    button.setAttribute("aria-pressed", String(!hidden.has(button.dataset.series)));
+  drawAll();
+}
+
+function button(text, click, attributes = {}) {
+  const made = element("button", { type: "button", ...attributes }, ...text);
+  made.addEventListener("click", click);
+  return made;
+}
+
+// A button for each series that could be shown; of many also one for all and one for none.
 function legend(figure, chart, names) {
   const place = figure.querySelector(".legend");
-  if (place.textContent === names.join("")) return;
-  place.replaceChildren();
-  if (names.length < 2 || chart.kind === "intervals" || chart.kind === "clients") return;
-  for (const series of names) {
-    const shown = String(!hidden.has(series));
-    const button = element("button", { type: "button", "aria-pressed": shown, "data-series": series }, swatch(chart, series), series);
-    button.addEventListener("click", () => {
-      hidden.has(series) ? hidden.delete(series) : hidden.add(series);
-      for (const other of document.querySelectorAll(".legend button"))
-        if (other.dataset.series === series) other.setAttribute("aria-pressed", String(!hidden.has(series)));
-      drawAll();
-    });
-    place.append(button);
-  }
+  if (!chart.legend || names.length < 2 || place.dataset.names === names.join()) return;
+  place.dataset.names = names.join();
+  place.replaceChildren(
+    ...names.map((series) => {
+      const flip = () => (hidden.has(series) ? hidden.delete(series) : hidden.add(series));
+      const attributes = { "aria-pressed": String(!hidden.has(series)), "data-series": series };
+      return button([swatch(chart, series), series], () => toggle(flip), attributes);
+    }),
+  );
+  if (names.length <= FEW) return;
+  place.append(
+    button(["show all"], () => toggle(() => names.forEach((series) => hidden.delete(series))), { class: "all" }),
+    button(["hide all"], () => toggle(() => names.forEach((series) => hidden.add(series))), { class: "all" }),
+  );
 }
 
 function draw(figure) {
@@ -163,10 +187,9 @@ function draw(figure) {
   const chosen = (name) => figure.querySelector(`select[name=${name}]`)?.value;
   const x = figure.querySelector("input:checked")?.value ?? Object.keys(chart.xs)[0];
   const measure = chosen("measure") ?? Object.keys(chart.measures)[0];
-  const all = chart.rows.map((row) => Object.fromEntries(chart.columns.map((name, i) => [name, row[i]])));
   const panel = chosen("panel");
-  const possible = all.filter((d) => (measure === undefined || d.measure === measure) && (panel === undefined || d.panel === panel));
-  const shown = possible.filter((d) => !hidden.has(d.series) && (x === undefined || d[x] !== null));
+  const possible = chart.rows.filter((d) => (measure === undefined || d.measure === measure) && (panel === undefined || d.panel === panel));
+  const shown = possible.filter((d) => !(chart.legend && hidden.has(d.series)) && (x === undefined || d[x] !== null));
   const panels = [...new Set(possible.map((d) => d.panel))];
   legend(figure, chart, [...new Set(possible.map((d) => d.series))]);
   const place = figure.querySelector(".panels");

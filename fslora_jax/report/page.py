@@ -95,8 +95,7 @@ def embedded(values: Any) -> Markup:
 
 
 def drawn(chart: Chart, tables: Tables) -> dict[str, Any]:
-    """A chart as the script takes it: columns and rows, and the style of each series."""
-    columns = list(chart.rows[0])
+    """A chart as the script takes it: its columns, and the style of each series."""
     return {
         "kind": chart.kind,
         "ends": chart.ends,
@@ -104,9 +103,20 @@ def drawn(chart: Chart, tables: Tables) -> dict[str, Any]:
         "measures": {measure: measure_label(measure) for measure in chart.measures},
         "metrics": {panel: words(metric) for panel, metric in tables.metrics.items()},
         "series": {name: style._asdict() for name, style in styles(chart, tables).items()},
-        "columns": columns,
-        "rows": [[plain(row[name]) for name in columns] for row in chart.rows],
+        "columns": {name: packed([plain(row[name]) for row in chart.rows]) for name in chart.rows[0]},
     }
+
+
+def packed(values: list[Any]) -> list[Any] | dict[str, Any]:
+    """A column of texts as numbers into its different texts.
+
+    >>> packed(["a", "b", "a"]), packed([1, None])
+    ({'texts': ['a', 'b'], 'at': [0, 1, 0]}, [1, None])
+    """
+    if not all(isinstance(value, str) for value in values):
+        return values
+    number = {text: i for i, text in enumerate(dict.fromkeys(values))}
+    return {"texts": list(number), "at": [number[text] for text in values]}
 
 
 def plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
 from fslora_jax.report.charts import Chart, styles
 from fslora_jax.report.names import words
@@ -21,8 +22,8 @@ from fslora_jax.report.tables import Tables
 
 COLUMN = 3.3
 """Width of a panel in inches, of a column of a two-column paper."""
-MARKED = 40
-"""Points of a curve beyond which it has no markers."""
+MARKED, BANDS = 12, 8
+"""Markers of a curve, and curves of a panel that have bands, at most."""
 PRINT: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -59,7 +60,6 @@ def draw(chart: Chart, tables: Tables, x: str) -> Figure:
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     height = 0.6 + 0.3 * max(map(len, panels.values())) if chart.kind == "intervals" else 2.2
-    figure = Figure(figsize=(COLUMN * columns, height * lines + 0.3), layout="constrained")
     looks: Looks = {
         name: {
             "color": COLOURS[s.colour],
@@ -68,6 +68,10 @@ def draw(chart: Chart, tables: Tables, x: str) -> Figure:
         }
         for name, s in styles(chart, tables).items()
     }
+    named = list(dict.fromkeys(row["series"] for row in rows)) if chart.kind in ("lines", "shares") else []
+    beside = columns * (1 if max(map(len, named), default=0) > 24 else 2)
+    legend = 0.17 * -(-len(named) // beside)
+    figure = Figure(figsize=(COLUMN * columns, height * lines + legend + 0.1), layout="constrained")
     for number, ((panel,), mine) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(lines, columns, number, title=panel if len(panels) > 1 else "")
         metric = words(tables.metrics.get(str(panel), next(iter(tables.metrics.values()))))
@@ -76,10 +80,7 @@ def draw(chart: Chart, tables: Tables, x: str) -> Figure:
         KINDS[chart.kind](axes, mine, chart, x, looks)
     found = {n: h for axes in figure.axes for h, n in zip(*axes.get_legend_handles_labels(), strict=True)}
     if len(found) > 1:
-        beside = 1 if max(map(len, found)) > 24 else 2
-        figure.legend(
-            found.values(), found, loc="outside lower center", ncols=beside * columns, frameon=False
-        )
+        figure.legend(found.values(), found, loc="outside lower center", ncols=beside, frameon=False)
     return figure
 
 
@@ -92,20 +93,24 @@ def column(rows: Sequence[Row], name: str) -> Float[np.ndarray, " n"]:
 
 
 def _lines(axes: Axes, rows: Sequence[Row], chart: Chart, x: str, looks: Looks) -> None:
-    for (series,), mine in grouped(rows, "series").items():
+    groups = grouped(rows, "series")
+    for number, ((series,), mine) in enumerate(groups.items()):
         look = looks[str(series)]
         at, mean, low, high = (column(mine, name) for name in (x, "mean", "low", "high"))
-        line = axes.plot(at, mean, label=series, **look)[0]
-        if len(mine) > MARKED:
-            line.set_marker("")
+        aside = 1.5 * (number - (len(groups) - 1) / 2) / 72 if chart.ends == "bars" else 0.0
+        beside = axes.transData + ScaledTranslation(aside, 0, axes.figure.dpi_scale_trans)
+        every = -(-len(mine) // MARKED)
+        axes.plot(
+            at, mean, label=series, transform=beside, markevery=((len(mine) - 1) % every, every), **look
+        )
         if chart.ends == "bars":
-            axes.vlines(at, low, high, color=look["color"])
-        elif np.isfinite(low).sum() > 1:
+            axes.vlines(at, low, high, color=look["color"], transform=beside)
+        elif np.isfinite(low).sum() > 1 and len(groups) <= BANDS:
             axes.fill_between(at, low, high, color=look["color"], alpha=0.14, lw=0)
     at = column(rows, x)
     if chart.ends == "bars" and at.min() > 0 and at.max() >= 30 * at.min():
         axes.set_xscale("log")
-    elif x == "round":
+    elif (at == at.round()).all():
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 

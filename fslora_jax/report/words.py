@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from fslora_jax.report.collect import Run, Subject
 from fslora_jax.report.names import number, told, words
@@ -16,7 +17,6 @@ LISTED = 6
 def standing(runs: Sequence[Run]) -> str:
     """How far the runs are, in a sentence.
 
-    >>> from pathlib import Path
     >>> here = Path()
     >>> standing([Run("a", here, "g", {}), Run("b", here, "g", {}, trouble="torn")])
     '0 of 2 runs have finished; 1 has not begun, 1 cannot be read.'
@@ -40,7 +40,7 @@ def answer(subject: Subject, t: Tables) -> list[str]:
     """Sentences: of each panel the best and the worst, or what a single run did; then differences."""
     if not t.means:
         return [*_so_far(t)] or ["Nothing has been measured yet."]
-    return [*_finals(t), *_differences(t), *_bound(subject.runs)]
+    return [*_finals(t), *_equal(t), *_differences(t), *_bound(subject.runs)]
 
 
 def _finals(t: Tables) -> Iterator[str]:
@@ -61,6 +61,20 @@ def _finals(t: Tables) -> Iterator[str]:
             )
 
 
+def _equal(t: Tables) -> Iterator[str]:
+    """The best at equal uploaded bytes, for each budget."""
+    for (panel,), rows in grouped(t.equal, "panel").items():
+        lower = rows[0]["metric"] == "loss"
+        best = {
+            budget: min(part, key=lambda row: row["mean"] if lower else -row["mean"])
+            for (budget,), part in grouped(rows, "up_MB").items()
+            if len(part) > 1
+        }
+        told = [f"{row['series']} at {number(budget)} MB: {value(row)}" for budget, row in best.items()]
+        if told:
+            yield f"{panel}{': at' if panel else 'At'} equal uploaded bytes the best is {'; '.join(told)}."
+
+
 def _differences(t: Tables) -> Iterator[str]:
     known = [row for row in t.differences if row["n"] > 1]
     clear = [row for row in known if row["low"] > 0 or row["high"] < 0]
@@ -71,8 +85,10 @@ def _differences(t: Tables) -> Iterator[str]:
             f"{row['mean']:+.3f} ± {half(row):.3f}{f' ({where})' if where else ''}, over {row['n']} pairs."
         )
     if known:
-        them = f"{len(clear)} {'has an interval that leaves' if len(clear) == 1 else 'have intervals that leave'} out 0"
-        yield f"Of {len(known)} paired differences {them}; by chance alone one in twenty would."
+        yield (
+            f"Intervals that leave out 0: {len(clear)} of {len(known)} paired differences; "
+            "by chance alone one in twenty would."
+        )
 
 
 def _so_far(t: Tables) -> Iterator[str]:
@@ -90,30 +106,39 @@ def _so_far(t: Tables) -> Iterator[str]:
 def _bound(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
         bound = run.theory.get("bound", {})
-        if "measured_mean" in bound:
+        if {"rounds", "measured_mean", "theorem"} <= bound.keys():
+            beside = "; ".join(bound.get("departures", []))
             yield (
-                f"{run.name}: over {bound['rounds']} rounds the mean of the squared gradient is "
-                f"{bound['measured_mean']:.3g}; the theorem bounds it by {bound['theorem']['total']:.3g}."
+                f"{run.name}: over {bound['rounds']} rounds the mean of the squared gradient is measured as "
+                f"{bound['measured_mean']:.3g}; the theorem bounds it by {bound['theorem']['total']:,.3g}"
+                f"{f' (beside its assumptions: {beside})' if beside else ''}."
             )
 
 
 def facts(run: Run) -> dict[str, str]:
-    """Of a single run, what its last table shows."""
-    s = run.summary
-    if s is None:
-        return {}
-    of_full = [tier["up_bytes"] / s["full_rank"]["up_bytes"] for tier in s.get("tiers", [])]
+    """Of a single run: what it trains, and once it has finished what that took."""
+    setting, s = run.settings.get, run.summary
+    data = setting("data.name") or setting("data.task")
     found = {
-        "rounds": str(s["rounds"]),
-        "uploaded by all clients": f"{s['up_bytes'] / 1e6:,.1f} MB",
-        "downloaded": f"{s['down_bytes'] / 1e6:,.1f} MB",
-        "a client's upload, of rank-r LoRA": f"{min(of_full):.1%} to {max(of_full):.1%}" if of_full else "",
-        "time of all rounds": f"{sum(clock.get('seconds', 0) for clock in run.clocks):,.0f} s",
-        "compilation": f"{s['compile_seconds']:.1f} s",
-        "simulated time": f"{s['simulated_seconds']:,.0f} s" if s.get("simulated_seconds") else "",
-        "most host memory": f"{max(c.get('host_mb', 0) for c in run.clocks):,.0f} MB" if run.clocks else "",
+        "model": Path(str(setting("model.name", ""))).name,
+        "data": f"{setting('data.task', '')} {Path(str(data)).name}",
+        "method": f"{setting('federation.method', '')}, r = {setting('lora.r', '')}",
+        "clients": str(setting("federation.num_clients", "")),
+        "rounds": str(setting("federation.num_rounds")),
     }
-    return {name: text for name, text in found.items() if text and text != "0 MB"}
+    if s is not None:
+        of_full = [tier["up_bytes"] / s["full_rank"]["up_bytes"] for tier in s.get("tiers", [])]
+        shares = dict.fromkeys(f"{share:.1%}" for share in (min(of_full), max(of_full))) if of_full else {}
+        found |= {
+            "uploaded by all clients": f"{s['up_bytes'] / 1e6:,.1f} MB",
+            "a client's upload, of full rank": " to ".join(shares),
+            "time of all rounds": f"{sum(clock.get('seconds', 0) for clock in run.clocks):,.0f} s",
+            "compilation": f"{s['compile_seconds']:.1f} s",
+            "simulated time": f"{s['simulated_seconds']:,.0f} s" if s.get("simulated_seconds") else "",
+        }
+    memory = max((clock.get("host_mb", 0) for clock in run.clocks), default=0)
+    found["most host memory"] = f"{memory:,.0f} MB" if memory else ""
+    return {name: text for name, text in found.items() if text.strip(" ,=r")}
 
 
 def value(row: Row) -> str:
