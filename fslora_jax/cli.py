@@ -1,4 +1,4 @@
-"""The command line: ``fslora train | study | report | theory | describe | eval | export | plan | methods | bench``."""
+"""The command line: ``fslora train | study | report | theory | describe | eval | export | plan | methods | bench ...``."""
 
 import dataclasses
 import os
@@ -25,6 +25,7 @@ from fslora_jax.plan.command import plan_command
 from fslora_jax.preemption import EXIT_CODE, Preempted
 from fslora_jax.processes import LOST_CODE, Lost, join, leads, losing_others
 from fslora_jax.report.command import report_command
+from fslora_jax.scale.command import scale_command
 from fslora_jax.study.command import study_command
 from fslora_jax.theory.command import theory_command
 
@@ -46,6 +47,7 @@ commands:
   plan CONFIG.yaml    what a round takes on a TPU slice, compiled without one
   methods [NAME]      all federated methods and wrappers, or the options of one; --combinations: what fits what
   bench CONFIG.yaml   time a round against other engines, a Python loop and PyTorch among them
+  scale CURVE CONFIG  how time and memory grow with cohort, rank, length, devices or model
 
 `fslora COMMAND --help` tells more.
 """
@@ -129,6 +131,7 @@ COMMANDS = {
     "plan": plan_command,
     "methods": methods_command,
     "bench": bench_command,
+    "scale": scale_command,
 }
 
 

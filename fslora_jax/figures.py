@@ -1,6 +1,7 @@
 """Figures of a run as PNG files; the same numbers give the same bytes."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,20 @@ def growth_figure(growth: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.plot(at, [x["theory"] for x in mine], ":", color=colour)
     axes.set(xscale="log", yscale="log")
     axes.legend(frameon=False, title="sketch (dotted: theory)")
+    _save(figure, path)
+
+
+def lines_figure(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str, path: Path
+) -> None:
+    """Draw lines ``name -> (x, y)`` on logarithmic axes, where doubling is the same distance everywhere."""
+    figure, axes = _axes(x, y)
+    for (name, (xs, ys)), colour in zip(lines.items(), cycle(OKABE_ITO), strict=False):
+        axes.plot(xs, ys, "o-", color=colour, label=name)
+    axes.set(xscale="log", yscale="log" if all(min(ys) > 0 for _, ys in lines.values()) else "linear")
+    axes.margins(y=0.2)
+    if len(lines) > 1:
+        axes.legend(frameon=False)
     _save(figure, path)
 
 

@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,20 +21,23 @@ VERSIONS = ("fslora_jax", "jax", "jaxlib", "flax", "torch", "transformers", "pef
 
 
 class Worker:
-    """An engine in its own process, which does nothing between two commands."""
+    """A process that answers commands, and does nothing between two of them.
 
-    def __init__(self, engine: str, config: Path, device: str | None):
-        platforms = {None: {}, "gpu": {"JAX_PLATFORMS": "cuda"}}.get(device, {"JAX_PLATFORMS": device or ""})
-        settings = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TRANSFORMERS_VERBOSITY": "error"}
-        if device == "cpu":
-            settings["CUDA_VISIBLE_DEVICES"] = ""  # for torch
-        self.engine = engine
+    Args:
+      name: of what it measures, for messages.
+      module: run as ``python -m`` with ``arguments``; reads commands from stdin and answers in JSON lines.
+      arguments: of the module.
+      settings: environment variables beside those of this process.
+    """
+
+    def __init__(self, name: str, module: str, arguments: Sequence[str], settings: Mapping[str, str]):
+        self.name = name
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "fslora_jax.bench.worker", engine, str(config)],
+            [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | settings | platforms,
+            env=os.environ | settings,
         )
 
     def answer(self) -> dict[str, Any]:
@@ -44,21 +47,24 @@ class Worker:
           UserError: it reports bad input, or has died.
         """
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        lines = iter(self._process.stdout.readline, "")
+        line = next((line for line in lines if line.startswith("{")), "")  # gloo writes to stdout, too
         if not line:
-            raise UserError(
-                f"engine {self.engine!r} died (exit code {self._process.wait()}); its last words are above"
-            )
+            raise UserError(f"{self.name} died (exit code {self._process.wait()}); its last words are above")
         said = json.loads(line)
         if "error" in said:
             raise UserError(said["error"])
         return said
 
-    def ask(self, command: str) -> dict[str, Any]:
-        """Sends a command and waits for its answer."""
+    def tell(self, command: str) -> None:
+        """Sends a command."""
         assert self._process.stdin is not None
         self._process.stdin.write(command + "\n")
         self._process.stdin.flush()
+
+    def ask(self, command: str) -> dict[str, Any]:
+        """Sends a command and waits for its answer."""
+        self.tell(command)
         return self.answer()
 
     def close(self) -> None:
@@ -70,6 +76,17 @@ class Worker:
             self._process.communicate()
 
 
+def engine_worker(engine: str, config: Path, device: str | None) -> Worker:
+    """An engine in its own process, on a kind of device."""
+    platforms = {None: {}, "gpu": {"JAX_PLATFORMS": "cuda"}}.get(device, {"JAX_PLATFORMS": device or ""})
+    settings = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TRANSFORMERS_VERBOSITY": "error"}
+    if device == "cpu":
+        settings["CUDA_VISIBLE_DEVICES"] = ""  # for torch
+    return Worker(
+        f"engine {engine!r}", "fslora_jax.bench.worker", (engine, str(config)), settings | platforms
+    )
+
+
 @contextmanager
 def started(engines: Sequence[str], config: Config, device: str | None) -> Iterator[dict[str, Worker]]:
     """The engines' processes, one after another, so that their start does not disturb a measurement."""
@@ -78,7 +95,7 @@ def started(engines: Sequence[str], config: Config, device: str | None) -> Itera
         path.write_text(dump_config(config), encoding="utf-8")
         workers = {}
         for engine in engines:
-            workers[engine] = Worker(engine, path, device)
+            workers[engine] = engine_worker(engine, path, device)
             stack.callback(workers[engine].close)
         yield workers
 

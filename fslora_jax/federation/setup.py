@@ -196,7 +196,11 @@ def set_up(config: Config) -> Federation:
       UserError: a model, file, target or client does not fit the config.
     """
     mesh = make_mesh(config.mesh.clients, config.mesh.fsdp, config.mesh.tensor, jax.devices())
-    task = load_task(config, mesh)
+    return federation_of(config, load_task(config, mesh), mesh)
+
+
+def federation_of(config: Config, task: Task, mesh: Mesh | None) -> Federation:
+    """Method, optimisers and shapes for a task that is loaded."""
     f, r = config.federation, config.lora.r
     spec = model_spec(config.lora, task.model, f.share_sketch)
     method = make_method(config, spec)

@@ -1,8 +1,9 @@
 """``fslora plan``: does a round fit a TPU slice that is not here, and how fast can it be."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fslora_jax import hub
 from fslora_jax.arguments import option, parse_config
@@ -50,12 +51,16 @@ def plan_command(argv: Sequence[str]) -> None:
         args["json"].write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def abstract_model(config: Config, num_labels: int) -> Model:
-    """The model of a config from its ``config.json`` alone, which may lie in a folder without weights."""
+def abstract_model(config: Config, num_labels: int, changes: Mapping[str, Any] | None = None) -> Model:
+    """The model of a config from its ``config.json`` alone, which may lie in a folder without weights.
+
+    ``changes`` replace fields that are there.
+    """
     local = Path(config.model.name).expanduser() / "config.json"
     path = local if local.is_file() else hub.resolve_model(config.model.name) / "config.json"
+    fields = dict(read_object(path))
     return build_model(
-        read_object(path),
+        fields | {name: value for name, value in (changes or {}).items() if name in fields},
         num_labels=num_labels,
         pooling=config.model.pooling,
         task="sequence" if num_labels else "causal",
