@@ -1,4 +1,4 @@
-"""The command line: ``fslora train | study | report | theory | describe | eval | export | plan | methods | bench ...``."""
+"""The command line: ``fslora train``, ``fslora study`` and the others of `COMMANDS`."""
 
 import dataclasses
 import os
