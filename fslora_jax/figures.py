@@ -130,6 +130,9 @@ def lines_figure(
     for (name, (xs, ys)), colour in zip(lines.items(), cycle(OKABE_ITO), strict=False):
         axes.plot(xs, ys, "o-", color=colour, label=name)
     axes.set(xscale="log", yscale="log" if all(min(ys) > 0 for _, ys in lines.values()) else "linear")
+    at = sorted({x for xs, _ in lines.values() for x in xs})
+    axes.set_xticks(at, [f"{x:,.0f}" if x < 1e5 else f"{x / 1e6:,.1f} M" for x in at])
+    axes.set_xticks([], minor=True)
     axes.margins(y=0.2)
     if len(lines) > 1:
         axes.legend(frameon=False)

@@ -107,7 +107,7 @@ def show(found: pd.DataFrame, curve: Curve) -> None:
         numbers = (f"{row[column] / unit:,.4g}" for column, unit in kept.items())
         table.add_row(str(row["line"]), f"{row[curve.across]:,}", f"{row['clients']:,}", *numbers)
     console = Console()
-    console.width = max(console.width, 120)  # also where the output is a file
+    console.width = max(console.width, 150)  # also where the output is a file
     console.print(table)
     for line, mine in found.groupby("line", sort=False):
         for column in curve.flat:
