@@ -21,6 +21,7 @@ from fslora_jax.report import command
 from fslora_jax.report.charts import all_charts
 from fslora_jax.report.collect import read_subject
 from fslora_jax.report.command import make_page, report_command
+from fslora_jax.report.paper import draw
 from fslora_jax.report.styles import style
 from fslora_jax.report.tables import tabulate
 from fslora_jax.report.words import answer, standing
@@ -52,6 +53,9 @@ def test_means_and_paired_differences_are_those_of_scipy(study):
     (grids,) = [row for row in t.differences if row["axis"] == "grid"]
     assert (grids["mean"], grids["n"]) == (pytest.approx(0.55 - SECOND[0]), 1)  # the only seed that both have
     assert np.isnan(grids["low"])
+    (told,) = [line for line in answer(read_subject([study]), t) if line.startswith("Accuracy")]
+    assert f"the highest of each grid: main, ratio 1.0: {SECOND.mean():.3f} ± " in told
+    assert "; alone, ratio 1.0: 0.550; lowest of all with alone, ratio 1.0" in told
 
 
 def test_at_equal_bytes_the_dearer_choice_is_read_where_the_cheaper_ends(study):
@@ -148,6 +152,21 @@ def test_charts_are_there_for_what_there_is(study):
     assert {"aggregation", "theory", "growth", "clients"} <= charts.keys()
     assert list(charts["learning"].xs) == ["round", "MB", "clock"]
     assert any("the theorem bounds it by 7" in sentence for sentence in answer(subject, t))
+
+
+def test_on_paper_nothing_lies_outside(study):
+    subject = read_subject([study])
+    t = tabulate(subject)
+    for chart in all_charts(subject, t):
+        for x in [x for x in chart.xs if chart.kind == "lines"]:
+            (axes,) = draw(chart, t, x).axes
+            rows = [row for row in chart.rows if row["measure"] == chart.measures[0]]
+            for at, *ends in [
+                (row[x], row["mean"], row["low"], row["high"]) for row in rows if row[x] == row[x]
+            ]:
+                assert axes.get_xlim()[0] < at < axes.get_xlim()[1]
+                for end in [end for end in ends if end is not None and np.isfinite(end)]:
+                    assert axes.get_ylim()[0] < end < axes.get_ylim()[1], (chart.name, x)
 
 
 def test_no_two_series_look_the_same():

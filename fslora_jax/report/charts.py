@@ -111,8 +111,10 @@ def _differences(t: Tables) -> Chart:
 
 
 def _by_setting(t: Tables) -> Iterator[Chart]:
-    """The final metric over each axis whose labels are numbers."""
+    """The final metric over each axis whose labels are numbers that mean more or less."""
     for axis in t.axes:
+        if axis == "federation.only_client":
+            continue
         others = [name for name in t.axes if name != axis]
         rows = [
             {"panel": row["panel"], "series": told({a: row[a] for a in others}) or "all else equal"}

@@ -59,7 +59,10 @@ def draw(chart: Chart, tables: Tables, x: str) -> Figure:
         panels = dict(list(panels.items())[:1])
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    height = 0.6 + 0.3 * max(map(len, panels.values())) if chart.kind == "intervals" else 2.2
+    height = 2.2
+    if chart.kind == "intervals":
+        deepest = max(wrapped(row["series"]).count("\n") for row in rows)
+        height = 0.6 + (0.26 + 0.12 * deepest) * max(map(len, panels.values()))
     looks: Looks = {
         name: {
             "color": COLOURS[s.colour],
@@ -103,6 +106,9 @@ def _lines(axes: Axes, rows: Sequence[Row], chart: Chart, x: str, looks: Looks) 
         axes.plot(
             at, mean, label=series, transform=beside, markevery=((len(mine) - 1) % every, every), **look
         )
+        # What is moved aside counts for the limits as if it were not.
+        ends = (mean, low, high) if len(groups) <= BANDS or chart.ends == "bars" else (mean,)
+        axes.update_datalim([(a, b) for end in ends for a, b in zip(at, end, strict=True) if np.isfinite(b)])
         if chart.ends == "bars":
             axes.vlines(at, low, high, color=look["color"], transform=beside)
         elif np.isfinite(low).sum() > 1 and len(groups) <= BANDS:
@@ -112,6 +118,7 @@ def _lines(axes: Axes, rows: Sequence[Row], chart: Chart, x: str, looks: Looks) 
         axes.set_xscale("log")
     elif (at == at.round()).all():
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.autoscale_view()
 
 
 def _intervals(axes: Axes, rows: Sequence[Row], chart: Chart, x: str, looks: Looks) -> None:
@@ -127,9 +134,14 @@ def _intervals(axes: Axes, rows: Sequence[Row], chart: Chart, x: str, looks: Loo
     _named(axes, names)
 
 
+def wrapped(name: str) -> str:
+    """A name in lines that leave a column its room."""
+    return textwrap.fill(name, 26)
+
+
 def _named(axes: Axes, names: Sequence[str]) -> None:
     axes.set(ylabel="", ylim=(len(names) - 0.5, -0.5))
-    axes.set_yticks(range(len(names)), [textwrap.fill(name, 26) for name in names])
+    axes.set_yticks(range(len(names)), [wrapped(name) for name in names])
 
 
 def _shares(axes: Axes, rows: Sequence[Row], chart: Chart, x: str, looks: Looks) -> None:

@@ -35,7 +35,8 @@ def means(finals: Sequence[Row], axes: Sequence[str]) -> list[Row]:
         {name: rows[0][name] for name in ("panel", "series", *axes, "metric")}
         | estimate([row["value"] for row in rows])
         | {name: sum(row[name] for row in rows) / len(rows) for name in ("start", "up_MB", "seconds")}
-        for rows in grouped(finals, "panel", "series").values()
+        for panel in grouped(finals, "panel").values()
+        for rows in grouped(panel, "series").values()
     ]
 
 

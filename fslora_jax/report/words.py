@@ -55,10 +55,11 @@ def _finals(t: Tables) -> Iterator[str]:
             yield f"{name} is {value(best)}{where}{start}."
         else:
             high, low = ("lowest", "highest") if lower else ("highest", "lowest")
-            yield (
-                f"{name} is {high} with {best['series']}: {value(best)}; "
-                f"{low} with {worst['series']}: {value(worst)}{start}."
-            )
+            arms = [part[0] for part in grouped(ordered, "grid").values()] if "grid" in best else [best]
+            told = "; ".join(f"{row['series']}: {value(row)}" for row in arms)
+            each = f", the {high} of each grid: " if len(arms) > 1 else f" is {high} with "
+            of = f"{low} of all" if len(arms) > 1 else low
+            yield f"{name}{each}{told}; {of} with {worst['series']}: {value(worst)}{start}."
 
 
 def _equal(t: Tables) -> Iterator[str]:
