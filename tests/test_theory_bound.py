@@ -165,6 +165,12 @@ def test_the_bound_is_the_theorem_as_it_is_written():
     assert (kept.start, kept.drift) == (bound(p, 7).start, bound(p, 7).drift)
 
 
+def test_the_sufficient_rate_is_the_smaller_of_its_two():
+    p = Problem(1.0, 0.1, 1, 2, 5.0, np.array([2.0, 4.0]), 0.0, 0.0, 0.0)
+    np.testing.assert_allclose(sufficient_rate(p), 1 / (32**0.5 * 5 * 4))
+    np.testing.assert_allclose(sufficient_rate(p._replace(local_steps=100)), 9 / (8 * 2 * 100**2 * 5))
+
+
 def test_departures_name_what_the_theorem_does_not_speak_of():
     def config(**changes):
         return make_config({"model": {"name": "m"}, "data": {"name": "d"}} | changes, "test")

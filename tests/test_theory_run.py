@@ -11,7 +11,7 @@ import runs
 
 from fslora_jax.federation.setup import initial_server
 from fslora_jax.sketch import scatter_sum
-from fslora_jax.theory.measure import Sizes, draw_sample, open_run
+from fslora_jax.theory.measure import Sizes, draw_sample, objective, open_run, scale_head
 
 NAMES = {"f", "f_S", "f_S - f", "grad_f_S^2", "sigma_s^2", "sigma_g^2", "sigma_h^2"}
 CURVED = {f"{kind} {name}" for kind in ("eigenvalue", "curvature") for name in ("f", "f_S")}
@@ -56,6 +56,11 @@ def test_gradients_are_those_of_a_client_that_holds_its_sketch_alone(world, fold
                 placed = scatter_sum(parts[None], held.index[m][None], jnp.ones(1), run.config.lora.r)
                 np.testing.assert_allclose(mine, placed, atol=1e-5)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), whole.head, slope.head)
+    # A head whose learning rate is four times as large, in units in which it is not.
+    units = jax.jit(jax.value_and_grad(objective(run.config, federation, 2.0), argnums=1))
+    value, slope = units(base, scale_head(run.points[4], 0.5), key, client, one)
+    np.testing.assert_allclose(value, found, rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, 2 * y, atol=1e-5), slope.head, whole.head)
 
 
 def test_every_quantity_is_there_at_every_round(measured):

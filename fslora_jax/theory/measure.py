@@ -99,10 +99,8 @@ def objective(config: Config, federation: Federation, unit: float = 1.0) -> Call
         base: PyTree, weights: Trainable, key: Key[Array, ""], client: Client, batch: Batch
     ) -> Float[Array, ""]:
         held = whole(spec, scale_head(weights, unit))
-        drawn = at_step(
-            key, client, jax.lax.stop_gradient(held)
-        )  # a draw by importance has no gradient either
-        held = drawn._replace(weights=held.weights)
+        # A draw by importance looks at the weights, but clients have no gradient of it.
+        held = at_step(key, client, jax.lax.stop_gradient(held))._replace(weights=held.weights)
         score = federation.task.model.score(base, *jax.tree.map(lambda x: x[None], ([held], batch)), None)
         return score.loss.sum() / jnp.maximum(score.count.sum(), 1.0)
 
