@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from fslora_jax.data.partition import LISTED
 from fslora_jax.metrics import headline
@@ -103,6 +103,7 @@ def gradient_figure(
     at = [p["round"] for p in points]
     axes.errorbar(at, value, ends, fmt="o", capsize=3, color=OKABE_ITO[0], label="measured, 95 %")
     axes.set_yscale("log", nonpositive="clip")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     _save(figure, path)
 
@@ -117,7 +118,11 @@ def growth_figure(growth: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.fill_between(at, low, high, color=colour, alpha=0.2)
         axes.plot(at, [x["value"] for x in mine], "o-", color=colour, label=name.split()[-1])
         axes.plot(at, [x["theory"] for x in mine], ":", color=colour)
+    longest = max(x["local_steps"] for x in growth)
+    shown = [h for h in (1, 2, 5, 10, 20, 50, 100) if h <= longest]
     axes.set(xscale="log", yscale="log")
+    axes.set_xticks(shown, [str(h) for h in shown])
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.legend(frameon=False, title="sketch (dotted: theory)")
     _save(figure, path)
 

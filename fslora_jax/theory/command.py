@@ -49,9 +49,9 @@ class Theory:
     """Minibatches under each sketch."""
     clients: int = 20
     """At most so many clients, drawn at random."""
-    lanczos: int = 8
+    lanczos: int = 6
     """Hessian products for a largest eigenvalue."""
-    steps: int = 20
+    steps: int = 10
     """Local steps over which the variance of an update is followed."""
     rate: float | None = None
     """Learning rate of these steps; by default the run's. The law is one of small steps."""
