@@ -135,6 +135,9 @@ class FederationConfig(Section):
     """Part of the clients that fail in a round and contribute nothing; the average is over those that report."""
     batch_size: Count = 16
     """Examples of a local step."""
+    rows_per_pass: Count | None = None
+    """Packed rows of a client that go through the model at a time, their gradients added up, to save memory; passes
+    that no client of a chunk needs are skipped, which saves time. By default all rows of a batch at once."""
     sketching_ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)] = (0.125, 0.25, 0.5, 0.75)
     """k / r, dealt to the clients in turn: client i gets the i-th, cyclically."""
     ranks: Literal["turn", "random", "uniform", "normal", "heavy_tail", "device"] = "turn"
@@ -273,6 +276,11 @@ class Config(Section):
             raise ValueError(
                 f"federation.min_local_steps: found {f.min_local_steps}, expected at most "
                 f"federation.local_steps = {f.local_steps}"
+            )
+        if f.rows_per_pass is not None and f.rows_per_pass % self.mesh.fsdp:
+            raise ValueError(
+                f"federation.rows_per_pass: found {f.rows_per_pass}, expected a multiple of mesh.fsdp = "
+                f"{self.mesh.fsdp}, whose devices share out the rows"
             )
         check_ranks(f.ranks, f.rank_range, f.sketching_ratios, r)
         if self.data.row_length is not None and self.data.row_length < self.data.max_length:

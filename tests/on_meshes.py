@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from fslora_jax.federation.cohort import plan_layout
 from fslora_jax.federation.feed import make_cohort
+from fslora_jax.federation.local import Passes
 from fslora_jax.federation.round import Cohort, base_keys, make_round
 from fslora_jax.lora import product
 from fslora_jax.methods import Server, Spec, fslora
@@ -54,11 +55,12 @@ WIDE_LLAMA = LLAMA | {"hidden_size": 128, "intermediate_size": 128, "initializer
 """Blocks of 4-bit numbers that every axis splits."""
 
 MODELS = {
-    "bert": (BERT, "mean", "none", ("attention.self.query", "output.dense")),
-    "llama": (LLAMA, "native", "none", ("self_attn.k_proj", "mlp.down_proj")),
-    "packed llama": (WIDE_LLAMA, "native", "nf4", ("self_attn.k_proj", "mlp.down_proj")),
+    "bert": (BERT, "mean", "none", ("attention.self.query", "output.dense"), None),
+    "bert in passes": (BERT, "mean", "none", ("attention.self.query", "output.dense"), 2),
+    "llama": (LLAMA, "native", "none", ("self_attn.k_proj", "mlp.down_proj"), None),
+    "packed llama": (WIDE_LLAMA, "native", "nf4", ("self_attn.k_proj", "mlp.down_proj"), None),
 }
-"""Name -> (config.json, pooling, quantization, modules to adapt: one of each kind of split)."""
+"""Name -> (config.json, pooling, quantization, modules to adapt: one of each kind of split, rows of a pass)."""
 
 MESHES = {"alone": (1, 1, 1), "clients": (8, 1, 1), "all": (2, 2, 2)}
 
@@ -73,7 +75,7 @@ class Rounds(NamedTuple):
 
 @cache
 def played(name: str, mesh_name: str) -> Rounds:
-    config, pooling, quantization, modules = MODELS[name]
+    config, pooling, quantization, modules, rows = MODELS[name]
     model = build_model(
         config, num_labels=toy.LABELS, pooling=pooling, lora_dropout=0.3, quantization=quantization
     )
@@ -82,11 +84,9 @@ def played(name: str, mesh_name: str) -> Rounds:
     mesh = toy.mesh_of(*MESHES[mesh_name])
     layout = plan_layout(toy.RANKS, [toy.EVERYBODY] * 2, r=toy.R, lanes=client_groups(mesh), tiered=True)
     optimizer = toy.OPTIMIZERS["momentum"][0]
-    one_round = jax.jit(
-        make_round(
-            model.score, method, optimizer, layout, local_steps=toy.STEPS.local_steps, dropout=True, mesh=mesh
-        )
-    )
+    passes = rows and Passes(rows, skip=mesh_name != "all")
+    options = {"local_steps": toy.STEPS.local_steps, "dropout": True, "passes": passes, "mesh": mesh}
+    one_round = jax.jit(make_round(model.score, method, optimizer, layout, **options))
     base = jax.jit(model.init_base)(jax.random.key(3))
     server = jax.jit(lambda key: method.init(key, model.init_head(key)))(jax.random.key(4))
     base = jax.device_put(base, base_shardings(mesh, base))

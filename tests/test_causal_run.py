@@ -8,6 +8,7 @@ import pytest
 import runs
 import torch
 import transformers
+import yaml
 
 from fslora_jax.config import DataConfig
 from fslora_jax.data.examples import Examples
@@ -89,6 +90,22 @@ def test_it_learns_and_says_how_well_by_task(causal):
         assert f"eval/{name}" in records[-1]
     counts = json.loads((run / "partition.json").read_text())["clients"]
     assert {task: sum(c[task] for c in counts) for task in OPTIONS} == {"animals": 24, "facts": 24}
+
+
+def test_minibatches_in_passes_learn_the_same(causal, tmp_path):
+    """Two rounds with one row at a time: the same losses."""
+    world, run = causal
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["federation"] |= {"num_rounds": 2}
+    config["lora"] |= {"lora_dropout": 0.0}  # whose masks are of a pass
+    found = {}
+    for rows in (None, 1):
+        config["federation"]["rows_per_pass"] = rows
+        path, out = tmp_path / f"{rows}.yaml", tmp_path / str(rows)
+        path.write_text(yaml.safe_dump(config))
+        runs.call(world, "train", path, "--run-dir", out)
+        found[rows] = [r["train/loss"] for r in runs.records(out)[1:]]
+    assert found[1] == pytest.approx(found[None], rel=1e-4)
 
 
 def test_the_adapter_says_the_same_in_peft(causal):

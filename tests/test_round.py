@@ -4,6 +4,7 @@ Identities 1 and 2 are in test_sketch.py and test_methods.py, 6 and 9 in test_ro
 devices and processes, which belong to 7, in test_devices.py.
 """
 
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -15,9 +16,11 @@ from compare import check_with_oracle, client_batches, close, drawn, flat, fslor
 
 from fslora_jax.federation import local
 from fslora_jax.federation.cohort import plan_layout, sample_cohort
+from fslora_jax.federation.local import Passes
 from fslora_jax.methods import Client, Payload, Server, fedit
 from fslora_jax.types import Batch, Local
 
+CELLS = ("tokens", "segments", "positions", "types", "places")
 UNEQUAL = toy.POPULATION._replace(shares=np.array([1.0, 2, 3, 4, 5, 6, 7]))
 
 
@@ -151,6 +154,39 @@ def test_identity_7_chunks_and_empty_slots_change_nothing():
     """Three clients in four places: a server with momentum would show what an empty slot had touched."""
     chunked = toy.play(fslora_with("momentum"), toy.OPTIMIZERS["adamw"][0], chunks=2)
     check_with_oracle(chunked, "adamw", "momentum")
+
+
+@pytest.mark.parametrize("passes", [Passes(1), Passes(1, skip=False), Passes(2)], ids=str)
+def test_identity_7_a_minibatch_in_passes_is_the_minibatch(passes):
+    """Two rows of one example each; in chunks, in tiers, with decay."""
+    steps = toy.STEPS._replace(passes=passes)
+    found = toy.play(fslora_with("momentum"), toy.OPTIMIZERS["adamw"][0], chunks=2, steps=steps)
+    check_with_oracle(found, "adamw", "momentum")
+
+
+def test_passes_without_examples_are_not_run():
+    """Of four rows two are taken: a score that counts its calls is asked twice, or four times without skipping."""
+    batch = jax.tree.map(lambda x: x[None], client_batches(toy.POPULATION, 3, 0))
+    wide = batch._replace(
+        **{name: jnp.pad(getattr(batch, name), ((0, 0), (0, 0), (0, 2), (0, 0))) for name in CELLS}
+    )
+    tier = jax.tree.map(lambda x: x[None], give(toy.start(toy.METHOD), 3, 3, toy.R))
+    optimizer, score, base = toy.OPTIMIZERS["sgd"][0], toy.make_score(), jax.device_put(toy.BASE)
+    for passes, expected in ((Passes(1), 2), (Passes(1, skip=False), 4), (None, 1)):
+        calls = []
+
+        def counting(*arguments, calls=calls):
+            jax.debug.callback(lambda: calls.append(1))
+            return score(*arguments)
+
+        (after,), losses = local.train(
+            counting, optimizer, base, [tier], wide, jnp.int32(0), None, passes=passes
+        )
+        jax.effects_barrier()
+        assert len(calls) == expected * toy.STEPS.local_steps
+        (plain,), right = local.train(score, optimizer, base, [tier], batch, jnp.int32(0), None)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), after.weights, plain.weights)
+        np.testing.assert_allclose(losses, right, rtol=1e-6)
 
 
 def test_identity_7_dropout_is_the_clients_own_in_any_layout():

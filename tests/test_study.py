@@ -2,6 +2,7 @@
 
 import json
 import threading
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,10 +13,11 @@ from scipy import stats
 
 from fslora_jax.errors import UserError
 from fslora_jax.federation import loop
+from fslora_jax.federation.method import check_method
 from fslora_jax.provenance import code_fingerprint
 from fslora_jax.rundir import open_run
 from fslora_jax.study.command import part_of
-from fslora_jax.study.points import load_study
+from fslora_jax.study.points import load_study, with_trials
 from fslora_jax.study.table import interval, over_repetitions
 from fslora_jax.study.tuning import settled
 
@@ -278,6 +280,17 @@ def test_mistakes_in_a_study_are_one_line(study, grids, words):
         load_study(path, {})
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "configs/studies").glob("*.yaml")), ids=str
+)
+def test_the_shipped_studies_are_whole(path):
+    """Their points are valid configs, each with a method that fits it."""
+    study, points = load_study(path, {})
+    assert study.question.endswith("?")
+    for point in with_trials(points):
+        check_method(point.config)
 
 
 def test_intervals_cover_the_mean_at_their_rate():

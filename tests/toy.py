@@ -17,7 +17,7 @@ from fslora_jax.data.partition import Partition
 from fslora_jax.data.tokens import TokenStore
 from fslora_jax.federation.cohort import Layout, plan_layout
 from fslora_jax.federation.feed import Population, Steps, make_cohort
-from fslora_jax.federation.local import ClientOptimizer, ScoreFn
+from fslora_jax.federation.local import ClientOptimizer, Passes, ScoreFn
 from fslora_jax.federation.round import Cohort, base_keys, make_round
 from fslora_jax.methods import Method, Server, Spec, fslora
 from fslora_jax.models.scores import score_labels
@@ -168,7 +168,12 @@ def mesh_of(clients: int, fsdp: int = 1, tensor: int = 1) -> Mesh | None:
 
 @cache
 def compiled_round(
-    method: Method, optimizer: ClientOptimizer, layout: Layout, dropout: float = 0.0, mesh: Mesh | None = None
+    method: Method,
+    optimizer: ClientOptimizer,
+    layout: Layout,
+    dropout: float = 0.0,
+    mesh: Mesh | None = None,
+    passes: Passes | None = None,
 ):
     """The package's round, one program for each set of arguments in a whole test session."""
     one_round = make_round(
@@ -178,6 +183,7 @@ def compiled_round(
         layout,
         local_steps=STEPS.local_steps,
         dropout=dropout > 0,
+        passes=passes,
         mesh=mesh,
         shift=shifted,
     )
@@ -211,7 +217,8 @@ def play(
     lanes = chunks * client_groups(mesh)
     if layout is None:
         layout = plan_layout(population.ranks, cohorts, r=R, lanes=lanes, tiered=tiered)
-    one_round = compiled_round(method, optimizer, layout, dropout, mesh)
+    in_passes = (steps.passes,) if steps.passes else ()
+    one_round = compiled_round(method, optimizer, layout, dropout, mesh, *in_passes)
     first = start(method) if server is None else server
     keys = base_keys(seed, mesh)
     base, server = jax.device_put((BASE, first), replicated(mesh))

@@ -69,7 +69,9 @@ def python_loop(config: Config, federation: Federation) -> Round:
     method, population = federation.method, federation.task.population
     server, keys = initial_server(config, federation), base_keys(config.seed, federation.mesh)
     sketch_key = jax.random.fold_in(keys.sketch, 0)
-    local_steps = partial(train, federation.task.model.score, federation.optimizer)
+    local_steps = partial(
+        train, federation.task.model.score, federation.optimizer, passes=federation.steps.passes
+    )
     steps = jax.jit(local_steps, compiler_options=compiler_options())
     download = jax.jit(method.download, static_argnums=3)
     add = jax.jit(lambda total, more: jax.tree.map(jnp.add, total, more))

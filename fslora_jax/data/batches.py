@@ -107,11 +107,6 @@ def deal_out(
     return dealt.T
 
 
-def fill(batch: Batch) -> float:
-    """The part of the batch that is tokens of examples, not padding."""
-    return float(np.mean(np.asarray(batch.segments) > 0))
-
-
 def _tokens_of(
     store: TokenStore, examples: Int[np.ndarray, "*lead E"], lengths: Int[np.ndarray, " m"]
 ) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, " tokens"]]:

@@ -96,6 +96,7 @@ def compile_round(config: Config, federation: Federation, server: Server, keys: 
         federation.layout,
         local_steps=config.federation.local_steps,
         dropout=config.lora.lora_dropout > 0,
+        passes=federation.steps.passes,
         mesh=federation.mesh,
         shift=shifted,
     )

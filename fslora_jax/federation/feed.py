@@ -14,10 +14,11 @@ from fslora_jax.data.batches import FILLER, BatchShape, make_batch, shape_for, s
 from fslora_jax.data.partition import Partition
 from fslora_jax.data.tokens import TokenStore
 from fslora_jax.federation.cohort import EMPTY, Layout, place, steps_done
+from fslora_jax.federation.local import Passes
 from fslora_jax.federation.resources import Clock
 from fslora_jax.federation.round import Cohort
 from fslora_jax.methods import Client
-from fslora_jax.sharding import FSDP, groups_here, over_clients
+from fslora_jax.sharding import groups_here, over_clients
 
 PLANNED = 2**20
 """Examples of the first rounds that are laid out beforehand to find the shape of a batch."""
@@ -43,7 +44,8 @@ class Steps(NamedTuple):
     """Local training: seed of the batches, local steps, examples a step, tokens a row, packing.
 
     A client does at least ``min_local_steps`` (by default all) unless it fails, with probability ``failure_rate``.
-    The first ``wanted`` reports by the simulated clock count, by default all.
+    The first ``wanted`` reports by the simulated clock count, by default all. ``row_multiple`` divides the rows of a
+    batch, which go through the model in ``passes``.
     """
 
     seed: int
@@ -54,6 +56,8 @@ class Steps(NamedTuple):
     min_local_steps: int | None = None
     failure_rate: float = 0.0
     wanted: int | None = None
+    row_multiple: int = 1
+    passes: Passes | None = None
 
     def done(self, num_clients: int, round: int) -> Int[np.ndarray, " clients"]:
         """The steps that each client of the population would do in a round."""
@@ -134,7 +138,7 @@ def best_row_length(population: Population, steps: Steps, cohort: Callable[[int]
     """The row length, from the longest example to twice that, with which batches cost least.
 
     Longer rows pack better, but attention grows with their length: a token costs about ``1 + L / 512``. The first
-    rounds stand for all.
+    rounds stand for all. Where empty passes are skipped the mean batch counts, else the worst.
     """
     longest = int(population.store.lengths.max())
     start = -(-longest // 8) * 8
@@ -144,14 +148,17 @@ def best_row_length(population: Population, steps: Steps, cohort: Callable[[int]
     lengths = [np.where(c == FILLER, 0, population.store.lengths_of(c)) for c in chosen]
 
     def cost(row_length: int) -> float:
-        rows = 1 + max(packing.pack(of_round, row_length).max(initial=-1) for of_round in lengths)
+        needed = [1 + packing.pack(of_round, row_length).max(axis=-1) for of_round in lengths]
+        rows = float(np.max(needed))
+        if steps.passes and steps.passes.skip:
+            rows = float(np.mean(-(-np.array(needed) // steps.passes.rows))) * steps.passes.rows
         return rows * row_length * (1 + row_length / 512)
 
     return min(range(start, 2 * start + 1, 8), key=cost)
 
 
 def plan_shape(population: Population, steps: Steps, cohort: Callable[[int], Ids], rounds: int) -> BatchShape:
-    """The smallest shape that holds every batch of the first rounds; `fitting` tells what becomes of others."""
+    """The smallest shape, in whole multiples of rows, for every batch of the first rounds; of others see `fitting`."""
     shapes = [
         shape_for(
             population.store,
@@ -161,7 +168,8 @@ def plan_shape(population: Population, steps: Steps, cohort: Callable[[int], Ids
         )
         for t in range(rounds)
     ]
-    return BatchShape(*map(max, zip(*shapes, strict=True)))
+    rows, row_length, places = map(max, zip(*shapes, strict=True))
+    return BatchShape(-(-rows // steps.row_multiple) * steps.row_multiple, row_length, places)
 
 
 def fitting(shape: BatchShape, needed: BatchShape, split: int = 1) -> BatchShape:
@@ -257,7 +265,7 @@ def host_cohort(
     groups, here = layout.lanes // chunks, slice(None) if mesh is None else groups_here(mesh)
     chosen = local_examples(population, steps, lanes, round, done)
     needed = shape_for(population.store, chosen, shape.row_length, steps.packing)
-    shape = fitting(shape, needed, 1 if mesh is None else mesh.shape[FSDP])
+    shape = fitting(shape, needed, steps.row_multiple)
     mine, chosen = jax.tree.map(
         lambda x: x.reshape(groups, chunks, -1, *x.shape[2:])[here], (clients, chosen)
     )

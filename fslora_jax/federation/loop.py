@@ -129,7 +129,14 @@ def train(
             if done % config.evaluate_every == 0 or done == num_rounds:
                 at(done, "evaluating")
                 records[-1] |= evaluate(server) | private(done)
-            speed = speed_of(cohort, config.clients_per_round, seconds, started - asked, len(rounds))
+            speed = speed_of(
+                cohort,
+                federation.steps.passes,
+                config.clients_per_round,
+                seconds,
+                started - asked,
+                len(rounds),
+            )
             for record in records:
                 write(loggers, record)
                 write(clocks, {"round": record["round"], **speed})

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
-from fslora_jax.data.batches import fill
 from fslora_jax.errors import Diverged
 from fslora_jax.federation.cohort import EMPTY
 from fslora_jax.federation.feed import round_seconds
+from fslora_jax.federation.local import Passes
 from fslora_jax.federation.round import Cohort, Played
 from fslora_jax.federation.setup import Federation
 from fslora_jax.methods import Client, Traffic
@@ -99,26 +99,42 @@ def head_values(federation: Federation) -> int:
 
 
 def speed_of(
-    cohort: Cohort, clients: int, seconds: float, waited: float, rounds: int = 1
+    cohort: Cohort, passes: Passes | None, clients: int, seconds: float, waited: float, rounds: int = 1
 ) -> dict[str, float]:
     """What the clock says of a round, or on average of ``rounds`` that were one dispatch: real tokens only, and which
-    part of the rows they fill.
+    part they are of all that is computed.
 
     ``data_wait`` are the seconds that the devices waited for the round's arrays, beside its ``seconds``, and
     ``data_wait_share`` is their part of both.
     """
     here = cohort.batches.segments.addressable_shards  # all of one size
-    filled = float(np.mean([fill(cohort.batches._replace(segments=shard.data)) for shard in here]))
-    tokens = filled * cohort.batches.tokens.size
+    real, computed = np.sum([cells(np.asarray(shard.data), passes) for shard in here], axis=0)
+    tokens = float(real) / sum(shard.data.size for shard in here) * cohort.batches.tokens.size
     return {
         "seconds": seconds / rounds,
         "clients_per_second": rounds * clients / seconds,
         "tokens_per_second": tokens / seconds,
-        "fill": filled,
+        "fill": float(real / computed),
         "data_wait": waited / rounds,
         "data_wait_share": waited / (waited + seconds),
         "host_mb": resident_bytes() / 1e6,
     }
+
+
+def cells(segments: Int[np.ndarray, "*lanes C H B L"], passes: Passes | None) -> tuple[int, int]:
+    """Tokens of examples, and tokens that are computed with.
+
+    >>> segments = np.array([[[[[1, 1], [0, 0]]], [[[1, 0], [0, 0]]]]])  # two clients that need one row of two
+    >>> cells(segments, None), cells(segments, Passes(1))
+    ((3, 8), (3, 4))
+    """
+    real = segments > 0
+    if passes is None or not passes.skip:
+        return int(real.sum()), segments.size
+    *_, clients, _, rows, row_length = segments.shape
+    taken = np.where(real.any(-1), np.arange(1, rows + 1), 0).max(axis=(-3, -1))
+    computed = -(-taken // passes.rows) * passes.rows * clients * row_length
+    return int(real.sum()), int(computed.sum())
 
 
 def resident_bytes() -> int:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Key, PyTree
 
 from fslora_jax.federation.cohort import Layout
-from fslora_jax.federation.local import ClientOptimizer, ScoreFn, train
+from fslora_jax.federation.local import ClientOptimizer, Passes, ScoreFn, train
 from fslora_jax.methods import TOLD, Client, Combined, Method, Server, merge
 from fslora_jax.random import Purpose, device_key
 from fslora_jax.sharding import CLIENTS, replicated, whole
@@ -67,6 +67,7 @@ def make_round(
     *,
     local_steps: int,
     dropout: bool = False,
+    passes: Passes | None = None,
     mesh: Mesh | None = None,
     shift: Shift | None = None,
 ) -> Callable[[PyTree, Server, Keys, Cohort], tuple[Server, Played]]:
@@ -76,7 +77,9 @@ def make_round(
     devices along ``clients`` runs its own clients, and the groups meet in one sum; how the devices of one group share
     the work is the compiler's affair, led by the shardings of the base and of the model's activations.
     """
-    locally = local_training(score, method, optimizer, layout, local_steps=local_steps, dropout=dropout)
+    locally = local_training(
+        score, method, optimizer, layout, local_steps=local_steps, dropout=dropout, passes=passes
+    )
 
     def of_clients(base: PyTree, server: Server, keys: Keys, cohort: Cohort) -> tuple[Combined, Played]:
         given, after, losses = locally(base, server, keys, cohort)
@@ -147,6 +150,7 @@ def local_training(
     *,
     local_steps: int,
     dropout: bool = False,
+    passes: Passes | None = None,
 ) -> Callable[[PyTree, Server, Keys, Cohort], tuple[list[Local], list[Local], Float[Array, "C H"]]]:
     """What the clients of one lane are given, what each holds after its local steps, and its losses, by tier.
 
@@ -170,6 +174,7 @@ def local_training(
             client_keys(keys.dropout, server, cohort.clients.id) if dropout else None,
             penalty=method.penalty,
             at_step=changing(method, sketch_keys, clients, given),
+            passes=passes,
         )
         return given, after, losses
 

@@ -31,7 +31,7 @@ from fslora_jax.federation.feed import (
     plan_shape,
     planned_rounds,
 )
-from fslora_jax.federation.local import ClientOptimizer
+from fslora_jax.federation.local import ClientOptimizer, Passes
 from fslora_jax.federation.memories import Memories
 from fslora_jax.federation.method import is_tiered, make_method
 from fslora_jax.federation.resources import Clock, resources
@@ -219,6 +219,8 @@ def federation_of(config: Config, task: Task, mesh: Mesh | None) -> Federation:
         min_local_steps=f.min_local_steps,
         failure_rate=f.failure_rate,
         wanted=f.clients_per_round if f.clients_asked else None,
+        row_multiple=f.rows_per_pass or config.mesh.fsdp,
+        passes=passes_of(config, mesh),
     )
     planned = planned_rounds(steps, f.num_rounds, config.clients_per_round)
     if not steps.row_length:
@@ -233,9 +235,20 @@ def federation_of(config: Config, task: Task, mesh: Mesh | None) -> Federation:
         steps=steps,
         layout=layout,
         cohort=cohort,
-        shape=shape._replace(rows=-(-shape.rows // config.mesh.fsdp) * config.mesh.fsdp),
+        shape=shape,
         mesh=mesh,
     )
+
+
+def passes_of(config: Config, mesh: Mesh | None) -> Passes | None:
+    """How minibatches go through the model.
+
+    Devices that share one client's work run the same passes, so there none is skipped.
+    """
+    rows = config.federation.rows_per_pass
+    if rows is None:
+        return None
+    return Passes(rows, skip=mesh is None or mesh.size == client_groups(mesh))
 
 
 def cohort_sampler(config: Config) -> Callable[[int], np.ndarray]:

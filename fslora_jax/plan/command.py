@@ -40,8 +40,8 @@ def plan_command(argv: Sequence[str]) -> None:
     topology = args["topology"]
     prepare(topology)
     row_length = config.data.row_length or config.data.max_length
-    rows = args["rows"] or config.federation.batch_size
-    shape = BatchShape(rows, row_length, 0 if args["num_labels"] else row_length)
+    rows, multiple = args["rows"] or config.federation.batch_size, config.federation.rows_per_pass or 1
+    shape = BatchShape(-(-rows // multiple) * multiple, row_length, 0 if args["num_labels"] else row_length)
     model = abstract_model(config, args["num_labels"])
     found = list(plans(config, model, shape, devices_of(topology), chip_of(topology), args["tries"]))
     if args["json"] is None:

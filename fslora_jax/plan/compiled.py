@@ -17,7 +17,12 @@ from fslora_jax.federation.cohort import Layout, plan_layout
 from fslora_jax.federation.method import is_tiered, make_method
 from fslora_jax.federation.resources import resources
 from fslora_jax.federation.round import Cohort, base_keys, make_round
-from fslora_jax.federation.setup import cohort_sampler, different_cohorts, make_client_optimizer
+from fslora_jax.federation.setup import (
+    cohort_sampler,
+    different_cohorts,
+    make_client_optimizer,
+    passes_of,
+)
 from fslora_jax.methods import Client, Spec
 from fslora_jax.models import Model, shifted
 from fslora_jax.program import Collective, collectives, matmul_flops
@@ -120,7 +125,7 @@ def layout_of(config: Config, model: Model, lanes: int) -> Layout:
 def round_of(config: Config, model: Model, layout: Layout, mesh: Mesh | None) -> Any:
     """The function that a run compiles."""
     f = config.federation
-    spec = model_spec(config.lora, model, f.share_sketch)
+    spec, passes = model_spec(config.lora, model, f.share_sketch), passes_of(config, mesh)
     return make_round(
         model.score,
         make_method(config, spec),
@@ -128,6 +133,7 @@ def round_of(config: Config, model: Model, layout: Layout, mesh: Mesh | None) ->
         layout,
         local_steps=f.local_steps,
         dropout=config.lora.lora_dropout > 0,
+        passes=passes and passes._replace(skip=False),  # a bound needs them all
         mesh=mesh,
         shift=shifted,
     )
