@@ -16,7 +16,8 @@ from fslora_jax.data.batches import BatchShape
 from fslora_jax.federation import feed
 from fslora_jax.federation.calls import cohort_of, cohorts_of, dispatches
 from fslora_jax.federation.cohort import sample_cohort
-from fslora_jax.federation.setup import make_client_optimizer, set_up
+from fslora_jax.federation.optimizer import make_client_optimizer
+from fslora_jax.federation.setup import set_up
 
 Q_RANK = 2 * 2 * (16 + 16)
 """Values of a unit of rank: query and value in two layers, 16 to 16."""

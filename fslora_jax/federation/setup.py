@@ -3,18 +3,17 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from fslora_jax import hub
 from fslora_jax.adapters.spec import model_spec
-from fslora_jax.config import ClientOptimizerConfig, Config
+from fslora_jax.config import Config
 from fslora_jax.data.batches import BatchShape, make_batch
 from fslora_jax.data.examples import Examples
 from fslora_jax.data.held_out import HeldOut
@@ -34,6 +33,7 @@ from fslora_jax.federation.feed import (
 from fslora_jax.federation.local import ClientOptimizer, Passes
 from fslora_jax.federation.memories import Memories
 from fslora_jax.federation.method import is_tiered, make_method
+from fslora_jax.federation.optimizer import make_client_optimizer
 from fslora_jax.federation.resources import Clock, resources
 from fslora_jax.federation.start import start_server, starting_point
 from fslora_jax.methods import Method, Server, Spec, whole
@@ -153,40 +153,6 @@ def marks_of(config: Config, train: Examples) -> tuple[np.ndarray, tuple[str, ..
             f"partition.name: {p.name} needs labels, but the data has numbers; choose iid or quantity"
         )
     return np.zeros(len(train.labels), int), ("examples",)
-
-
-def make_client_optimizer(
-    config: ClientOptimizerConfig, num_rounds: int, local_steps: int
-) -> ClientOptimizer:
-    """The local optimiser, with its learning rate as a function of the step counted over the whole run."""
-    total, warmup = num_rounds * local_steps, config.warmup_rounds * local_steps
-    peak = config.learning_rate
-    after = {
-        "constant": optax.constant_schedule(peak),
-        "linear": optax.linear_schedule(peak, 0.0, max(total - warmup, 1)),
-        "cosine": optax.cosine_decay_schedule(peak, max(total - warmup, 1)),
-    }[config.schedule]
-    rate = optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
-    direction = {
-        "sgd": optax.trace(config.momentum) if config.momentum else optax.identity(),
-        "adamw": optax.scale_by_adam(config.b1, config.b2, config.eps),
-    }[config.name]
-    if config.head_learning_rate is not None:
-        ratio = config.head_learning_rate / config.learning_rate
-        direction = optax.chain(direction, scale_head(ratio))
-    clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
-    decay = optax.add_decayed_weights(config.weight_decay) if config.weight_decay else optax.identity()
-    return ClientOptimizer(optax.chain(clip, direction, decay), rate)
-
-
-def scale_head(factor: float) -> optax.GradientTransformation:
-    """Scales the updates of the dense head alone."""
-
-    def scale(updates: Any, params: Any = None) -> Any:
-        del params
-        return updates._replace(head=jax.tree.map(lambda u: factor * u, updates.head))
-
-    return optax.stateless(scale)
 
 
 def set_up(config: Config) -> Federation:

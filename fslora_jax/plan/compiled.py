@@ -15,12 +15,12 @@ from fslora_jax.data.batches import BatchShape
 from fslora_jax.errors import UserError
 from fslora_jax.federation.cohort import Layout, plan_layout
 from fslora_jax.federation.method import is_tiered, make_method
+from fslora_jax.federation.optimizer import make_client_optimizer
 from fslora_jax.federation.resources import resources
 from fslora_jax.federation.round import Cohort, base_keys, make_round
 from fslora_jax.federation.setup import (
     cohort_sampler,
     different_cohorts,
-    make_client_optimizer,
     passes_of,
 )
 from fslora_jax.methods import Client, Spec
