@@ -1,5 +1,8 @@
 """Identities of the federated methods: LoRA-FAIR's correction of B."""
 
+import subprocess
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -75,3 +78,22 @@ def test_lora_fairs_cosine_comes_near_the_best_that_any_b_can_have():
     assert (found > cosine(0 * b)).all() and (found <= best + 1e-5).all()
     np.testing.assert_allclose(found, best, atol=0.02)
     assert np.isfinite(descend(0 * wanted, Pair(a, 0 * b), 0.01, 3, 0.01)).all()
+
+
+SOLVES = """
+import jax, jax.numpy as jnp
+from fslora_jax.methods.lora_fair import ridge
+
+@jax.jit
+def of_modules(a, residual):
+    return [ridge(n * residual, a, 0.01) for n in range(1, 5)]
+
+a = jax.random.normal(jax.random.key(0), (6, 64, 384))
+for _ in range(20):
+    jax.block_until_ready(of_modules(a, jnp.ones((6, 384, 384))))
+"""
+
+
+def test_corrections_of_several_modules_at_once_end():
+    """In a process of its own, since batched solves of XLA's CPU block each other where they are as many as threads."""
+    subprocess.run([sys.executable, "-c", SOLVES], check=True, timeout=120)

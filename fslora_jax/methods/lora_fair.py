@@ -68,7 +68,9 @@ def ridge(residual: Float[Array, "N i o"], a: Float[Array, "N r i"], penalty: fl
     gram = jnp.einsum("nki,nji->nkj", a, a, precision=EXACT)
     size = jnp.trace(gram, axis1=-2, axis2=-1)[:, None, None] / a.shape[-2]
     seen = jnp.einsum("nki,nio->nko", a, residual, precision=EXACT)
-    return jnp.linalg.solve(gram + max(penalty, LEAST) * (size + EPS) * jnp.eye(a.shape[-2]), seen)
+    system = gram + max(penalty, LEAST) * (size + EPS) * jnp.eye(a.shape[-2])
+    # Layer by layer: on a CPU, batched solves that run at once wait for each other's threads, forever.
+    return jax.lax.map(lambda layer: jnp.linalg.solve(*layer), (system, seen))
 
 
 def descend(
