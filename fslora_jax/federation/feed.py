@@ -134,24 +134,29 @@ def planned_rounds(steps: Steps, num_rounds: int, clients: int) -> int:
     return min(num_rounds, max(1, PLANNED // (clients * steps.local_steps * steps.batch_size)))
 
 
-def best_row_length(population: Population, steps: Steps, cohort: Callable[[int], Ids], rounds: int) -> int:
+def best_row_length(
+    population: Population, steps: Steps, layout: Layout, cohort: Callable[[int], Ids], rounds: int
+) -> int:
     """The row length, from the longest example to twice that, with which batches cost least.
 
     Longer rows pack better, but attention grows with their length: a token costs about ``1 + L / 512``. The first
-    rounds stand for all. Where empty passes are skipped the mean batch counts, else the worst.
+    rounds stand for all. Where empty passes are skipped a chunk costs what its fullest batch needs, else all cost what
+    the fullest of a run does.
     """
     longest = int(population.store.lengths.max())
     start = -(-longest // 8) * 8
     if not steps.packing:
         return start
-    chosen = [_examples_of(population, steps, cohort(t), t) for t in range(min(rounds, 8))]
+    lanes = [place(cohort(t), population.ranks, layout) for t in range(min(rounds, 8))]
+    chosen = [local_examples(population, steps, ids, t) for t, ids in enumerate(lanes)]
     lengths = [np.where(c == FILLER, 0, population.store.lengths_of(c)) for c in chosen]
 
     def cost(row_length: int) -> float:
-        needed = [1 + packing.pack(of_round, row_length).max(axis=-1) for of_round in lengths]
-        rows = float(np.max(needed))
+        needed = 1 + np.array([packing.pack(of_round, row_length).max(axis=-1) for of_round in lengths])
+        rows = float(needed.max())
         if steps.passes and steps.passes.skip:
-            rows = float(np.mean(-(-np.array(needed) // steps.passes.rows))) * steps.passes.rows
+            by_chunk = needed.max(axis=2)  # (rounds, lanes, H)
+            rows = float(np.mean(-(-by_chunk // steps.passes.rows))) * steps.passes.rows
         return rows * row_length * (1 + row_length / 512)
 
     return min(range(start, 2 * start + 1, 8), key=cost)

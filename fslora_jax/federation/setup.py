@@ -190,7 +190,7 @@ def federation_of(config: Config, task: Task, mesh: Mesh | None) -> Federation:
     )
     planned = planned_rounds(steps, f.num_rounds, config.clients_per_round)
     if not steps.row_length:
-        steps = steps._replace(row_length=best_row_length(task.population, steps, cohort, planned))
+        steps = steps._replace(row_length=best_row_length(task.population, steps, layout, cohort, planned))
     shape = plan_shape(task.population, steps, cohort, planned)
     return Federation(
         task=task._replace(model=model, base=base),
