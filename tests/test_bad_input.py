@@ -104,7 +104,7 @@ def test_a_setting_that_does_not_fit_can_be_corrected_in_place(
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("trian", "unknown command 'trian'; expected one of train, study, describe, eval, export"),
+        ("trian", "unknown command 'trian'; expected one of train, study, report"),
         ("train", "no config file"),
         ("train --seed 3", "no config file"),
         ("train {none}", "none.yaml: cannot be read: No such file"),

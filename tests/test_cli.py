@@ -137,7 +137,7 @@ def test_the_default_folder_is_a_dated_one(world, asked, tmp_path, monkeypatch):
 def test_a_run_folder_holds_what_it_should(finished):
     names = {path.name for path in finished.iterdir() if path.name[0] != "."}
     assert names == {
-        *("config.yaml", "metrics.jsonl", "timings.jsonl", "partition.json", "summary.json"),
+        *("config.yaml", "made_by.json", "metrics.jsonl", "timings.jsonl", "partition.json", "summary.json"),
         *("checkpoints", "adapter", "figures"),
     }
     assert load_config(finished / "config.yaml") == load_config(finished.with_suffix(".yaml"))
