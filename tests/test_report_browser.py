@@ -84,7 +84,7 @@ def test_every_figure_is_drawn_and_no_text_runs(open_page):
         *("learning", "final", "differences", "by_ratio", "aggregation", "clients", "resources", "shares"),
     }
     for figure in figures.all():
-        sizes = figure.locator(".panel svg").evaluate_all(
+        sizes = figure.locator(".view:not([hidden]) .plot svg").evaluate_all(
             "all => all.map(svg => [...svg.querySelectorAll('path, rect, line')].filter(x => {"
             "  const box = x.getBBox(); return box.width + box.height > 3; }).length)"
         )
@@ -96,25 +96,37 @@ def test_every_figure_is_drawn_and_no_text_runs(open_page):
 def test_the_legend_hides_the_axis_changes_and_hovering_tells(open_page):
     page = open_page()
     figure = page.locator("#figure-learning")
-    panel = figure.locator(".panel").first
-    curves = panel.locator("[data-part=line] path")
-    assert curves.count() == 2
-    button = figure.get_by_role("button", name="ratio 1.0")
+    shown = figure.locator(".view:not([hidden])")
+    panel = shown.locator(".panel").first
+    curves = panel.locator("[data-part=line]:visible")
+    assert (shown.count(), curves.count()) == (1, 2)
+    button = shown.get_by_role("button", name="ratio 1.0")
     button.click()
     assert (curves.count(), button.get_attribute("aria-pressed")) == (1, "false")
     button.click()
-    assert panel.locator("[data-part='x-axis label']").text_content() == "rounds"
+    assert curves.count() == 2
+    assert panel.locator("[data-part=x-label]").text_content() == "rounds"
     for text in ("simulated seconds", "MB uploaded, all clients"):
         figure.get_by_role("radio", name=text).check()
-        assert panel.locator("[data-part='x-axis label']").text_content() == text
+        assert shown.count() == 1
+        assert panel.locator("[data-part=x-label]").text_content() == text
     figure.locator("select").select_option("train/loss")
-    assert panel.locator("[data-part='y-axis label']").text_content() == "training loss"
-    panel.locator("[data-part=dot] path").first.hover()
-    told = panel.locator("[aria-label=tip] tspan").all_text_contents()
-    assert [text.strip("\u200b") for text in told][1:3] == [
-        "training loss: 1 (1 to 1)",
-        "MB uploaded, all clients: 1",
-    ]
+    assert panel.locator("[data-part=y-label]").text_content() == "training loss"
+    drawing = panel.locator("svg")
+    drawing.focus()
+    drawing.press("ArrowRight")
+    tip = panel.locator(".tip")
+    by_key = tip.text_content().split("\n")
+    assert by_key[1:3] == ["training loss: 1 (1 to 1)", "MB uploaded, all clients: 1"]
+    box, (x, y) = (
+        drawing.bounding_box(),
+        (float(drawing.locator(".spot").get_attribute(c)) for c in ("cx", "cy")),
+    )
+    scale = box["width"] / float(drawing.get_attribute("viewBox").split()[2])
+    drawing.blur()
+    assert tip.text_content() == ""
+    page.mouse.move(box["x"] + scale * x, box["y"] + scale * y)
+    assert tip.text_content().split("\n")[1:] == by_key[1:]  # of equal points whichever comes first
 
 
 def test_a_table_sorts_by_its_columns_and_downloads(open_page):

@@ -51,3 +51,9 @@ def number(x: Any) -> str:
     if isinstance(x, int):
         return f"{x:,}"
     return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.1f}" if abs(x) >= 10 else f"{x:.3f}"
+
+
+def measure_label(measure: str) -> str:
+    """What the page calls a measure."""
+    known = {"main": "main metric", "train/loss": "training loss", "eval/loss": "held-out loss"}
+    return known.get(measure, words(measure))

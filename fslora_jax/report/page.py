@@ -17,9 +17,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fslora_jax.metrics import headline
-from fslora_jax.report.charts import Chart, styles
+from fslora_jax.report.charts import Chart
 from fslora_jax.report.collect import Run, Subject, different
-from fslora_jax.report.names import number, short, words
+from fslora_jax.report.drawing import looks
+from fslora_jax.report.inline import views
+from fslora_jax.report.names import measure_label, number, short, words
 from fslora_jax.report.statistics import Row
 from fslora_jax.report.tables import Tables, final
 from fslora_jax.report.words import answer, facts, half, standing
@@ -53,7 +55,7 @@ def render(subject: Subject, tables: Tables, charts: Sequence[Chart], refresh: i
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    scripts = [resource("plot.min.js"), resource("page.js")]
+    script = resource("page.js")
     runs = subject.runs
     return environment.get_template("page.html").render(
         subject=subject,
@@ -63,7 +65,7 @@ def render(subject: Subject, tables: Tables, charts: Sequence[Chart], refresh: i
         answer=answer(subject, tables),
         facts=facts(runs[0]) if len(runs) == 1 else {},
         grids=result_grids(tables),
-        charts=charts,
+        figures=[(chart, views(chart, tables, f"f{number}")) for number, chart in enumerate(charts)],
         label=measure_label,
         runs=runs_grid(runs),
         troubles=[run for run in runs if run.trouble],
@@ -72,8 +74,8 @@ def render(subject: Subject, tables: Tables, charts: Sequence[Chart], refresh: i
         versions=versions(runs),
         refresh=refresh,
         style=Markup(resource("page.css")),
-        scripts=[Markup(script) for script in scripts],
-        policy=" ".join(f"'sha256-{_digest(script)}'" for script in scripts),
+        script=Markup(script),
+        policy=f"'sha256-{_digest(script)}'",
         data=embedded({chart.name: drawn(chart, tables) for chart in charts}),
     )
 
@@ -95,14 +97,13 @@ def embedded(values: Any) -> Markup:
 
 
 def drawn(chart: Chart, tables: Tables) -> dict[str, Any]:
-    """A chart as the script takes it: its columns, and the style of each series."""
+    """What the script tells of a chart's points: its columns, and what they are called."""
     return {
         "kind": chart.kind,
-        "ends": chart.ends,
         "xs": chart.xs,
         "measures": {measure: measure_label(measure) for measure in chart.measures},
         "metrics": {panel: words(metric) for panel, metric in tables.metrics.items()},
-        "series": {name: style._asdict() for name, style in styles(chart, tables).items()},
+        "series": list(looks(chart, tables)),
         "columns": {name: packed([plain(row[name]) for row in chart.rows]) for name in chart.rows[0]},
     }
 
@@ -128,12 +129,6 @@ def plain(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     return float(f"{value:.5g}") if math.isfinite(value) else None
-
-
-def measure_label(measure: str) -> str:
-    """What the page calls a measure."""
-    known = {"main": "main metric", "train/loss": "training loss", "eval/loss": "held-out loss"}
-    return known.get(measure, words(measure))
 
 
 def result_grids(t: Tables) -> list[Grid]:

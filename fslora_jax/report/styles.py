@@ -2,11 +2,12 @@
 
 from typing import NamedTuple
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222")
 """Okabe and Ito's, but for yellow, which paper does not show; the page has lighter ones for its dark scheme."""
-MARKERS = ("circle", "square", "triangle", "diamond", "star", "wye", "times")
-"""As Observable Plot names them."""
-OF_MATPLOTLIB: dict[str, str] = dict(zip(MARKERS, "os^D*1x", strict=True))
+ZERO, RULE = "#666666", "#d5dae0"
+"""The line at 0, and the page's rules behind a figure."""
+MARKERS = "os^D*1x"
+"""As matplotlib names them."""
 DASHES = ((), (6, 3), (2, 2), (8, 3, 2, 3))
 """Lengths of dashes and gaps in points."""
 
