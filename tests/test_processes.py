@@ -114,7 +114,7 @@ def test_one_of_two_processes_hangs_is_asked_to_leave_and_dies(world, two):
     left = play(world, run, drivers, "--distributed")
     assert [done.returncode for done in left] == [143, 143], left
     here = re.search(
-        r"fslora: no sign of life for 2 s from process 1 \((.+), pid \d+\) is in round 1, \w+",
+        r"fslora: no sign of life for 2 s from process 1 \((.+), pid \d+\) is in round [01], \w+",
         left[0].stderr,
     )
     assert here, left[0].stderr
@@ -132,7 +132,7 @@ def test_one_of_two_processes_hangs_is_asked_to_leave_and_dies(world, two):
     assert "process 0 of 2 cannot go on, as another process has ended" in alone.stderr
     assert "run the same command in all of them again to go on from the last checkpoint" in alone.stderr
     assert "Traceback" not in alone.stderr
-    assert json.loads((run / "heartbeats" / "1").read_text())["round"] == 8
+    assert json.loads((run / "heartbeats" / "1").read_text())["round"] in (7, 8)  # written from time to time
 
     check_ended(play(world, run, pair(), "--distributed"))
     assert runs.results(run) == runs.results(two)
