@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from fslora_jax.errors import UserError
+from fslora_jax.errors import UserError, of_other_version
 
 Record = dict[str, Any]
 
@@ -32,7 +32,7 @@ class JsonLines:
 
     def __init__(self, path: Path, keep_rounds: int):
         """Opens ``path`` for appending, after dropping what is beyond ``keep_rounds`` rounds or torn by a kill."""
-        kept = [r for r in read_records(path) if r["round"] <= keep_rounds]
+        kept = [r for r in read_records(path, "round") if r["round"] <= keep_rounds]
         fresh = path.with_suffix(".tmp")
         fresh.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         os.replace(fresh, path)
@@ -48,16 +48,30 @@ class JsonLines:
         self._file.close()
 
 
-def read_records(path: Path) -> list[Record]:
-    """All whole records of a JSON lines file; none where there is no file. A torn last line is not a record."""
+def read_records(path: Path, *needed: str) -> list[Record]:
+    """All whole records of a JSON lines file; none where there is no file. A torn last line is not a record.
+
+    Raises:
+      UserError: another line is no record, or a record lacks what is ``needed``.
+    """
     if not path.exists():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    records, lines = [], path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        elif number < len(lines):
+            raise UserError(
+                f"{path}: line {number} of {len(lines)} is damaged; put back a copy of the file, or run this again "
+                "in another folder"
+            )
+    for name in needed:
+        if not all(name in record for record in records):
+            raise of_other_version(path, name)
     return records
 
 

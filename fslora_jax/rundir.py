@@ -16,18 +16,36 @@ import yaml
 from filelock import FileLock, Timeout
 
 from fslora_jax.config import Config, dump_config, load_config
-from fslora_jax.errors import UserError
+from fslora_jax.errors import UserError, of_other_version
 from fslora_jax.provenance import provenance
 
 CONFIG, METRICS, SUMMARY, MEMORIES = "config.yaml", "metrics.jsonl", "summary.json", "clients"
 START, MADE_BY = "start", "made_by.json"
+FOUND = ("before", "after", "rounds", "up_bytes", "down_bytes", "compile_seconds", "median_round_seconds")
+"""What others take from ``summary.json``."""
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small text file whole or not at all."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a small file whole or not at all."""
     fresh = path.with_name(f".{path.name}.tmp")
-    fresh.write_text(text, encoding="utf-8")
+    fresh.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(fresh, path)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A JSON or YAML file that holds a mapping.
+
+    Raises:
+      UserError: it holds something else, or is damaged.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}; is it damaged?") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: found {type(values).__name__}, expected a mapping; is it damaged?")
+    return values
 
 
 def own_start(run_dir: Path, config: Config) -> Config:
@@ -82,8 +100,8 @@ def open_run(run_dir: Path, config: Config) -> Iterator[None]:
         if known.exists() and (run_dir / METRICS).exists():  # without it nothing was trained
             _check_same(run_dir, config)
         else:
+            write_atomically(known, dump_config(config))  # first: it makes this a run folder
             write_atomically(run_dir / MADE_BY, json.dumps(provenance(), indent=1) + "\n")
-            write_atomically(known, dump_config(config))
         yield
 
 
@@ -101,13 +119,23 @@ def code_of(run_dir: Path) -> str | None:
     if not (run_dir / METRICS).exists():
         return None
     path = run_dir / MADE_BY
-    return json.loads(path.read_text(encoding="utf-8"))["code"] if path.exists() else "unknown"
+    return read_mapping(path).get("code", "unknown") if path.exists() else "unknown"
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """What a finished run found, or None while it is not finished."""
+    """What a finished run found, or None while it is not finished.
+
+    Raises:
+      UserError: the file is damaged, or another version's.
+    """
     path = run_dir / SUMMARY
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    summary = read_mapping(path)
+    for name in FOUND:
+        if name not in summary:
+            raise of_other_version(path, name)
+    return summary
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:

@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
+FIRST, SECOND = np.array([0.60, 0.71, 0.66]), np.array([0.64, 0.77, 0.68])
 TIERS = [
     {"k": 2, "clients": 3, "down_bytes": 20, "up_bytes": 25},
     {"k": 4, "clients": 2, "down_bytes": 40, "up_bytes": 50},
@@ -68,7 +70,13 @@ def make_run(
         summary = {
             name: {k: v for k, v in end.items() if k.startswith("eval/")} for name, end in ends.items()
         }
-        summary |= {"rounds": done, "compile_seconds": 1.5, "tiers": TIERS, "full_rank": {"up_bytes": 100}}
+        summary |= {
+            "rounds": done,
+            "compile_seconds": 1.5,
+            "median_round_seconds": 2.0,
+            "tiers": TIERS,
+            "full_rank": {"up_bytes": 100},
+        }
         summary |= {"up_bytes": records[-1]["traffic/up_bytes"], "down_bytes": 10 * done}
         (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     return folder
@@ -91,3 +99,10 @@ def make_study(out: Path, finals: Mapping[tuple[str, str, str], float], **study:
         own = {"federation.ratio": float(ratio), "seed": int(seed)}
         make_run(out / name, (0.5, (0.5 + accuracy) / 2, accuracy), settings=own, megabytes=float(ratio))
     return make_plan(out, points, **study)
+
+
+def two_ratios(out: Path) -> Path:
+    """A study of two ratios in one grid with three seeds, `FIRST` and `SECOND`, and a second grid with one run."""
+    finals = {("main", "0.5", str(s)): float(FIRST[s]) for s in range(3)}
+    finals |= {("main", "1.0", str(s)): float(SECOND[s]) for s in range(3)}
+    return make_study(out, finals | {("alone", "1.0", "0"): 0.55}, question="Which ratio?")

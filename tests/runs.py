@@ -138,6 +138,22 @@ def train(world: World, run_dir: Path, *argv: object, **changes: Any) -> Path:
     return run_dir
 
 
+def write_study(path: Path, **values: Any) -> Path:
+    """A YAML study on the config beside it, base.yaml."""
+    path.write_text(yaml.safe_dump({"config": "base.yaml"} | values, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def mistake(world: World, capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """The one line of a user's mistake, of a command that ends with exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        call(world, *argv)
+    assert stopped.value.code == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fslora: error: ")]
+    assert len(said) == 1
+    return said[0]
+
+
 def environment(world: World) -> dict[str, str]:
     """Of a process of its own."""
     return os.environ | {"FSLORA_CACHE": str(world.cache)}

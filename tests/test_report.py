@@ -12,29 +12,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import runs
-from made_runs import make_plan, make_run, make_study
+from made_runs import FIRST, SECOND, make_plan, make_run, two_ratios
 from matplotlib import pyplot
 from scipy import stats
 
 from fslora_jax.errors import UserError
 from fslora_jax.report import command
-from fslora_jax.report.charts import all_charts
 from fslora_jax.report.collect import read_subject
 from fslora_jax.report.command import make_page, report_command
-from fslora_jax.report.paper import draw
-from fslora_jax.report.styles import style
 from fslora_jax.report.tables import tabulate
 from fslora_jax.report.words import answer, standing
-
-FIRST, SECOND = np.array([0.60, 0.71, 0.66]), np.array([0.64, 0.77, 0.68])
 
 
 @pytest.fixture
 def study(tmp_path):
-    """Two ratios of one grid with three seeds, and a second grid with one run."""
-    finals = {("main", "0.5", str(s)): float(FIRST[s]) for s in range(3)}
-    finals |= {("main", "1.0", str(s)): float(SECOND[s]) for s in range(3)}
-    return make_study(tmp_path / "study", finals | {("alone", "1.0", "0"): 0.55}, question="Which ratio?")
+    return two_ratios(tmp_path / "study")
 
 
 def tables(*folders):
@@ -124,53 +116,14 @@ def test_trials_are_listed_but_not_compared(tmp_path):
     assert "g.tuning" in make_page([out], None)[0]
 
 
-def test_charts_are_there_for_what_there_is(study):
-    subject = read_subject([study])
-    names = [chart.name for chart in all_charts(subject, tabulate(subject))]
-    assert names == ["learning", "final", "differences", "by_ratio", "resources", "shares"]
-    run = study / "main/0.5_0"
-    (run / "clients.jsonl").write_text('{"client": 0, "examples": 3, "accuracy": 0.5, "loss": 0.7, "k": 2}\n')
-    estimate = {"name": "grad_f_S^2", "round": 0, "value": 2.0, "low": 1.0, "high": 3.0}
-    growth = {
-        "name": "update_variance fixed",
-        "local_steps": 1,
-        "value": 1.0,
-        "low": None,
-        "high": None,
-        "theory": 1.0,
-    }
-    bound = {"rounds": 2, "measured_mean": 0.5, "theorem": {"total": 7.0}}
-    (run / "theory.json").write_text(
-        json.dumps({"estimates": [estimate], "growth": [growth], "bound": bound})
-    )
-    record = {"round": 3, "aggregation/error": 0.1, "clock/simulated_seconds": 9.0, "eval/accuracy": 0.6}
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
-    subject = read_subject([study])
-    t = tabulate(subject)
-    charts = {chart.name: chart for chart in all_charts(subject, t)}
-    assert {"aggregation", "theory", "growth", "clients"} <= charts.keys()
-    assert list(charts["learning"].xs) == ["round", "MB", "clock"]
-    assert any("the theorem bounds it by 7" in sentence for sentence in answer(subject, t))
-
-
-def test_on_paper_nothing_lies_outside(study):
-    subject = read_subject([study])
-    t = tabulate(subject)
-    for chart in all_charts(subject, t):
-        for x in [x for x in chart.xs if chart.kind == "lines"]:
-            (axes,) = draw(chart, t, x).axes
-            rows = [row for row in chart.rows if row["measure"] == chart.measures[0]]
-            for at, *ends in [
-                (row[x], row["mean"], row["low"], row["high"]) for row in rows if row[x] == row[x]
-            ]:
-                assert axes.get_xlim()[0] < at < axes.get_xlim()[1]
-                for end in [end for end in ends if end is not None and np.isfinite(end)]:
-                    assert axes.get_ylim()[0] < end < axes.get_ylim()[1], (chart.name, x)
-
-
-def test_no_two_series_look_the_same():
-    assert len({style(i) for i in range(28)}) == 28
+def test_the_commands_of_a_study_are_told(study):
+    plan = json.loads((study / "study.json").read_text())
+    told = ["fslora study a.yaml --out 'my runs'", f"fslora study {HOSTILE}"]
+    (study / "study.json").write_text(json.dumps(plan | {"commands": told}))
+    page, _, _ = make_page([study], None)
+    assert "The study was run with:" in page
+    assert all(command in unescape(page) for command in told)
+    assert "<script>alert" not in page
 
 
 HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=alert(1)>"

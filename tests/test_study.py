@@ -2,22 +2,20 @@
 
 import json
 import threading
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import runs
 import yaml
+from runs import mistake, write_study
 from scipy import stats
 
-from fslora_jax.errors import UserError
 from fslora_jax.federation import loop
-from fslora_jax.federation.method import check_method
 from fslora_jax.provenance import code_fingerprint
 from fslora_jax.rundir import open_run
 from fslora_jax.study.command import part_of
-from fslora_jax.study.points import load_study, with_trials
+from fslora_jax.study.points import load_study
 from fslora_jax.study.table import interval, over_repetitions
 from fslora_jax.study.tuning import settled
 
@@ -35,21 +33,7 @@ def study(world, tmp_path_factory):
     """A study's file, beside its base config."""
     folder = tmp_path_factory.mktemp("study")
     runs.write_config(folder / "base.yaml", world)
-    return write(folder / "study.yaml", grids=GRIDS)
-
-
-def write(path, **values):
-    path.write_text(yaml.safe_dump({"config": "base.yaml"} | values, sort_keys=False), encoding="utf-8")
-    return path
-
-
-def mistake(world, capsys, *argv: object) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        runs.call(world, "study", *argv)
-    assert stopped.value.code == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fslora: error: ")]
-    assert len(said) == 1
-    return said[0]
+    return write_study(folder / "study.yaml", grids=GRIDS)
 
 
 def test_points_are_all_combinations_in_order(study):
@@ -73,7 +57,7 @@ def test_points_are_all_combinations_in_order(study):
 
 
 def test_changes_go_over_everything_and_may_name_axes(study):
-    path = write(study.parent / "one.yaml", grids={"longer": GRIDS["longer"]})
+    path = write_study(study.parent / "one.yaml", grids={"longer": GRIDS["longer"]})
     _, points = load_study(path, {"seed": 7, "data.label_column": "label-{rounds}"})
     assert (points[0].config.seed, points[0].config.data.label_column) == (7, "label-two")
 
@@ -110,14 +94,25 @@ def test_a_study_runs_once_and_goes_on_where_it_was(world, study, tmp_path, monk
     assert means["loss"][0] == pytest.approx(of_first.mean())
     assert means["loss.sd"][0] == pytest.approx(of_first.std())
     assert len(pd.read_csv(out / "curves.csv")) == 4 * 2 + 3
-    assert json.loads((out / "study.json").read_text())["study"]["repeat"] == "seed"
+    plan = json.loads((out / "study.json").read_text())
+    assert plan["study"]["repeat"] == "seed"
+    assert plan["commands"] == [f"fslora study {study} --out {out}"]  # the same twice
 
 
 def test_parts_and_grids_divide_the_points(world, study, tmp_path, capsys):
     runs.call(world, "study", study, "--out", tmp_path, "--grids", "ratios", "--part", 1, 4)
     assert [path.parent.name for path in tmp_path.glob("*/*/summary.json")] == ["0.25_1"]
-    assert "found 4 4" in mistake(world, capsys, study, "--out", tmp_path, "--part", 4, 4)
-    assert "unknown ['rates']" in mistake(world, capsys, study, "--out", tmp_path, "--grids", "rates")
+    runs.call(world, "study", study, "--out", tmp_path, "--grids", "longer")
+    assert pd.read_csv(tmp_path / "results.csv")["grid"].tolist() == [
+        "ratios",
+        "longer",
+    ]  # what was begun stays
+    commands = json.loads((tmp_path / "study.json").read_text())["commands"]
+    assert [command.partition("--grids ")[2] for command in commands] == ["ratios --part 1 4", "longer"]
+    assert "found 4 4" in mistake(world, capsys, "study", study, "--out", tmp_path, "--part", 4, 4)
+    assert "unknown ['rates']" in mistake(
+        world, capsys, "study", study, "--out", tmp_path, "--grids", "rates"
+    )
 
 
 def test_a_point_that_another_process_works_on_is_passed_over(world, study, tmp_path, capsys):
@@ -144,11 +139,11 @@ def test_a_point_that_another_process_works_on_is_passed_over(world, study, tmp_
 
 def test_a_point_that_fails_stops_no_other_and_is_named(world, study, tmp_path, capsys):
     broken = {"lora.target_modules": {"broken": {"lora.target_modules": ["nothing"]}, "whole": {}}}
-    path = write(
+    path = write_study(
         study.parent / "fails.yaml", grids={"g": {"set": {"federation.num_rounds": 1}, "over": broken}}
     )
     assert "1 of 2 points failed; g/broken: lora.target_modules" in mistake(
-        world, capsys, path, "--out", tmp_path
+        world, capsys, "study", path, "--out", tmp_path
     )
     assert (tmp_path / "g/whole/summary.json").exists()
 
@@ -170,7 +165,7 @@ TUNED = {
 def tuned(world, study, tmp_path_factory):
     """A tuned study that was run, its file and its folder; trials at 1e30 diverge."""
     path, out = (
-        write(study.parent / "tuned.yaml", grids=TUNED, compare="rank"),
+        write_study(study.parent / "tuned.yaml", grids=TUNED, compare="rank"),
         tmp_path_factory.mktemp("out"),
     )
     runs.call(world, "study", path, "--out", out)
@@ -241,56 +236,22 @@ def test_a_point_waits_for_trials_that_another_process_runs(world, tuned, tmp_pa
 def test_a_place_whose_trials_all_diverge_says_so(world, study, tmp_path, capsys):
     tune = {"over": {"client_optimizer.learning_rate": [1e30]}}
     grids = {"g": {"set": {"federation.num_rounds": 1}, "tune": tune}}
-    path = write(study.parent / "diverges.yaml", grids=grids)
-    assert "all 1 trials diverged" in mistake(world, capsys, path, "--out", tmp_path)
+    path = write_study(study.parent / "diverges.yaml", grids=grids)
+    assert "all 1 trials diverged" in mistake(world, capsys, "study", path, "--out", tmp_path)
 
 
 def test_results_of_other_code_are_not_mixed_unless_asked(world, study, tmp_path, capsys):
-    path = write(
+    path = write_study(
         study.parent / "code.yaml", grids={"g": {"over": {"seed": [0, 1]}}}, set={"federation.num_rounds": 1}
     )
     runs.call(world, "study", path, "--out", tmp_path, "--part", 0, 2)
     made_by = tmp_path / "g/0/made_by.json"
     made_by.write_text(made_by.read_text().replace(code_fingerprint(), "0" * 12))
-    said = mistake(world, capsys, path, "--out", tmp_path)
+    said = mistake(world, capsys, "study", path, "--out", tmp_path)
     assert f"g/0 was begun by code {'0' * 12}, but this is {code_fingerprint()}" in said
     assert not (tmp_path / "g/1").exists()
     runs.call(world, "study", path, "--out", tmp_path, "--mixed")
     assert pd.read_csv(tmp_path / "results.csv", dtype=str)["code"].tolist() == ["0" * 12, code_fingerprint()]
-
-
-@pytest.mark.parametrize(
-    ("grids", "words"),
-    [
-        ({}, "grids: found none"),
-        ({"g": {"over": {"seed": []}}}, "grids.g.over.seed has no values"),
-        ({"g": {"over": {"federation.num_round": [1]}}}, "did you mean federation.num_rounds?"),
-        ({"g": {"over": {"seed.x": [1]}}}, "seed is a value, expected a section"),
-        ({"g": {"over": {"seed": [1, 1]}}}, "two points are named g/1"),
-        ({"g": {"over": {"x": {"a": {}, "b": {}}}}}, "g/a and g/b have the same settings"),
-        ({"g": {"overs": {}}}, "unknown setting grids.g.overs"),
-        ({"g": {"tune": {"over": {"seed": []}}}}, "grids.g.tune.over.seed has no values"),
-        ({"g": {"tune": {}}}, "grids.g.tune.over: missing"),
-    ],
-    ids=str,
-)
-def test_mistakes_in_a_study_are_one_line(study, grids, words):
-    path = write(study.parent / "wrong.yaml", grids=grids)
-    with pytest.raises(UserError) as caught:
-        load_study(path, {})
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[1] / "configs/studies").glob("*.yaml")), ids=str
-)
-def test_the_shipped_studies_are_whole(path):
-    """Their points are valid configs, each with a method that fits it."""
-    study, points = load_study(path, {})
-    assert study.question.endswith("?")
-    for point in with_trials(points):
-        check_method(point.config)
 
 
 def test_intervals_cover_the_mean_at_their_rate():

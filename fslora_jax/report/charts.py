@@ -12,6 +12,8 @@ from fslora_jax.report.styles import Style, style
 from fslora_jax.report.tables import Tables
 
 CLIENTS_DRAWN, PARTITIONS_DRAWN = 100, 12
+BANDS = 8
+"""Curves of a panel at most, where they have bands."""
 X_LABELS = {"round": "rounds", "MB": "MB uploaded, all clients", "clock": "simulated seconds"}
 
 
@@ -65,7 +67,7 @@ def _learning(t: Tables) -> Chart:
         main = [row | {"measure": "main"} for row in main]
         rows = [*main, *rows]
     measures = _measures(main, rows)
-    note = _note(rows, "Means of the repetitions that have come so far")
+    note = _note(rows, "Means of the repetitions that have come so far", _bands(rows))
     return Chart("learning", "Learning curves", note, "lines", rows, _xs(rows), measures)
 
 
@@ -82,12 +84,21 @@ def _xs(rows: Sequence[Row]) -> dict[str, str]:
     } or {"round": X_LABELS["round"]}
 
 
-def _note(rows: Sequence[Row], what: str) -> str:
-    return (
-        f"{what}, with 95 % intervals (Student's t)."
-        if any(row["n"] > 1 for row in rows)
-        else "Without repetitions there are no intervals."
-    )
+def _note(rows: Sequence[Row], what: str, drawn: Sequence[bool] = (True,)) -> str:
+    """Of means; ``drawn`` says of each of the chart's drawings whether its intervals are."""
+    if not any(row["n"] > 1 for row in rows):
+        return "Without repetitions there are no intervals."
+    if all(drawn):
+        return f"{what}, with 95 % intervals (Student's t)."
+    if any(drawn):
+        return f"{what}, with 95 % intervals (Student's t) where there are at most {BANDS} curves."
+    return f"{what}; of more than {BANDS} curves no intervals are drawn."
+
+
+def _bands(rows: Sequence[Row]) -> list[bool]:
+    """Of each panel and measure whether its curves are few enough for bands."""
+    groups = grouped(rows, "panel", "measure").values()
+    return [len({row["series"] for row in group}) <= BANDS for group in groups]
 
 
 def _finals(t: Tables) -> Chart:
@@ -103,9 +114,13 @@ def _differences(t: Tables) -> Chart:
         for row in t.differences
         for where in [f", {row['where']}" if row["where"] else ""]
     ]
+    repeated = any(row["n"] > 1 for row in t.differences)
+    what = "The choice minus the first choice of its axis, all else equal"
     note = (
-        "The choice minus the first choice of its axis, all else equal, paired over the repetitions, with 95 % "
-        "intervals (Student's t). Not corrected for the number of comparisons."
+        f"{what}, paired over the repetitions, with 95 % intervals (Student's t). "
+        "Not corrected for the number of comparisons."
+        if repeated
+        else f"{what}; of one pair each, without intervals."
     )
     return Chart("differences", "Paired differences", note, "intervals", rows, ends="differences")
 

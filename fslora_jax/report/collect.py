@@ -1,24 +1,19 @@
 """What is in run folders and study folders, finished or not, read only."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from fslora_jax.errors import UserError
+from fslora_jax.errors import UserError, of_other_version
 from fslora_jax.federation.fairness import CLIENTS
 from fslora_jax.log import Record, read_records
-from fslora_jax.rundir import CONFIG, MADE_BY, METRICS, SUMMARY, flat
+from fslora_jax.rundir import CONFIG, MADE_BY, METRICS, flat, read_mapping, read_summary
 from fslora_jax.study.points import TRIALS
+from fslora_jax.study.table import STUDY
 from fslora_jax.study.tuning import DIVERGED
 
-STUDY = "study.json"
 OTHERS = ("partition.json", "theory.json", MADE_BY)
 """What a run folder may hold beside."""
-NEEDED = ("before", "after", "rounds", "up_bytes", "down_bytes", "compile_seconds")
-"""What a report takes from ``summary.json``."""
 MANY = 4
 """Settings that differ, beyond which single runs are told apart by their names instead."""
 
@@ -63,7 +58,7 @@ class Run(NamedTuple):
 class Subject(NamedTuple):
     """What a report is about; points that differ in ``repeat`` alone are repetitions of each other.
 
-    Choices of the axis ``compare`` are also compared at equal uploaded bytes.
+    Choices of the axis ``compare`` are also compared at equal uploaded bytes. ``commands`` ran the studies.
     """
 
     title: str
@@ -72,6 +67,7 @@ class Subject(NamedTuple):
     repeat: str
     compare: str
     runs: list[Run]
+    commands: Sequence[str] = ()
 
 
 def read_subject(folders: Sequence[Path]) -> Subject:
@@ -99,6 +95,7 @@ def read_subject(folders: Sequence[Path]) -> Subject:
         first.get("repeat", "seed"),
         first.get("compare") or "",
         runs,
+        list(dict.fromkeys(command for plan in plans for command in plan.get("commands", []))),
     )
 
 
@@ -113,31 +110,28 @@ def read_run(folder: Path, name: str = "", grid: str = "", labels: dict[str, str
             f"{folder}: no run folder (it has no {CONFIG}) and no study (it has no {STUDY}); "
             "expected the --run-dir of a `fslora train` or the --out of a `fslora study`"
         )
-    settings = flat(_read(folder / CONFIG))
+    settings = flat(read_mapping(folder / CONFIG))
     if "federation.num_rounds" not in settings:
-        raise _older(folder / CONFIG, "federation.num_rounds")
-    summary = _read(folder / SUMMARY) if (folder / SUMMARY).exists() else None
-    if missing := [name for name in NEEDED if summary is not None and name not in summary]:
-        raise _older(folder / SUMMARY, missing[0])
+        raise of_other_version(folder / CONFIG, "federation.num_rounds")
     partition, theory, made_by = (
-        _read(path) if path.exists() else {} for path in map(folder.joinpath, OTHERS)
+        read_mapping(path) if path.exists() else {} for path in map(folder.joinpath, OTHERS)
     )
     for found, needed in ((theory.get("estimates", []), "round"), (theory.get("growth", []), "local_steps")):
         if not all({"name", "value", needed} <= row.keys() for row in found):
-            raise _older(folder / "theory.json", needed)
+            raise of_other_version(folder / "theory.json", needed)
     return Run(
         name or folder.resolve().name,
         folder,
         grid,
         labels or {},
         settings,
-        _read_lines(folder / METRICS, "round"),
-        _read_lines(folder / "timings.jsonl", "round"),
-        _read_lines(folder / CLIENTS, "client"),
+        read_records(folder / METRICS, "round"),
+        read_records(folder / "timings.jsonl", "round"),
+        read_records(folder / CLIENTS, "client"),
         partition,
         theory,
         made_by,
-        summary,
+        read_summary(folder),
     )
 
 
@@ -173,36 +167,10 @@ def different(runs: Sequence[Run]) -> list[str]:
 
 
 def _read_plan(out: Path) -> dict[str, Any]:
-    plan = _read(out / STUDY)
+    plan = read_mapping(out / STUDY)
     points = plan.get("points")
     if not isinstance(plan.get("study"), dict) or not isinstance(points, list):
-        raise _older(out / STUDY, "points" if "study" in plan else "study")
+        raise of_other_version(out / STUDY, "points" if "study" in plan else "study")
     if not all(isinstance(point, dict) and {"name", "grid"} <= point.keys() for point in points):
-        raise _older(out / STUDY, "points' name and grid")
+        raise of_other_version(out / STUDY, "points' name and grid")
     return plan
-
-
-def _read_lines(path: Path, needed: str) -> list[Record]:
-    records = read_records(path)
-    if not all(isinstance(record, dict) and needed in record for record in records):
-        raise _older(path, needed)
-    return records
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON or YAML file that holds a mapping."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}; is it damaged?") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: found {type(values).__name__}, expected a mapping; is it damaged?")
-    return values
-
-
-def _older(path: Path, missing: str) -> UserError:
-    return UserError(
-        f"{path}: has no {missing!r}, so another version of fslora_jax wrote it; expected the files of this one: "
-        "run the study or training again, or report with the version that wrote it"
-    )

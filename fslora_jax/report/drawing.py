@@ -14,14 +14,14 @@ from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from fslora_jax.report.charts import Chart, styles
+from fslora_jax.report.charts import BANDS, Chart, styles
 from fslora_jax.report.names import measure_label, words
 from fslora_jax.report.statistics import Row, grouped
 from fslora_jax.report.styles import COLOURS, ZERO
 from fslora_jax.report.tables import Tables
 
-MARKED, BANDS = 12, 8
-"""Markers of a curve, and curves of a panel that have bands, at most."""
+MARKED = 12
+"""Markers of a curve at most."""
 BAR = 0.85
 PRINT: dict[Any, Any] = {
     "font.size": 8,

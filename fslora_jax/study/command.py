@@ -1,12 +1,15 @@
 """``fslora study``: plans, runs and tabulates."""
 
 import dataclasses
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 import tyro
 import yaml
+from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 
@@ -14,6 +17,7 @@ from fslora_jax.arguments import parse
 from fslora_jax.display import TerminalDisplay
 from fslora_jax.errors import UserError
 from fslora_jax.metrics import headline
+from fslora_jax.study.estimate import rates, rounds_left, seconds_left, start_seconds
 from fslora_jax.study.points import Point, Study, load_study, with_trials
 from fslora_jax.study.run import check_code, is_done, run_points
 from fslora_jax.study.table import (
@@ -55,28 +59,56 @@ class RunStudy:
 def study_command(argv: Sequence[str]) -> None:
     """Plans, runs and prints the table."""
     args = parse(RunStudy, "fslora study", RunStudy.__doc__ or "", argv)
-    study, points = load_study(args.study, dict(map(read_change, args.set)))
+    study, everything = load_study(args.study, dict(map(read_change, args.set)))
     if unknown := set(args.grids) - set(study.grids):
         raise UserError(f"--grids: unknown {sorted(unknown)}; expected some of {list(study.grids)}")
-    points = [point for point in points if not args.grids or point.grid in args.grids]
+    chosen = args.grids or list(study.grids)
+    points = [point for point in everything if point.grid in chosen]
     console = Console(stderr=True)
     console.print(plan_table(args.out, points))
     if args.plan:
         return
     if not args.mixed:
         check_code(args.out, points)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_plan(args.out, study.model_dump(mode="json"), points)
-    failures = run_points(
-        args.out,
-        part_of(points, args.part),
-        lambda text: console.print(text, markup=False),
-        lambda: TerminalDisplay(console),
-    )
-    show(args.out, points, study)
+    covered = [point for point in everything if point.grid in chosen or (args.out / point.grid).is_dir()]
+    with going_on(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
+        with alone(args.out):
+            write_plan(
+                args.out, study.model_dump(mode="json"), covered, shlex.join(["fslora", "study", *argv])
+            )
+        failures = run_points(
+            args.out,
+            part_of(points, args.part),
+            lambda text: console.print(text, markup=False),
+            lambda: TerminalDisplay(console),
+        )
+        with alone(args.out):  # the last of several processes sees what all have done
+            show(args.out, covered, study)
     if failures:
         name, reason = next(iter(failures.items()))
         raise UserError(f"{len(failures)} of {len(points)} points failed; {name}: {reason}")
+
+
+def alone(out: Path) -> FileLock:
+    """Holds what is written into the study's folder itself; other processes wait for a moment."""
+    return FileLock(out / ".lock")
+
+
+@contextmanager
+def going_on(out: Path) -> Iterator[None]:
+    """What the disk refuses, as one line that says how to go on.
+
+    Raises:
+      UserError: no room, no permission.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or out}: {error.strerror or error}; make room or choose another --out: what is finished "
+            "is kept, and the same command goes on"
+        ) from None
 
 
 def read_change(text: str) -> tuple[str, object]:
@@ -105,20 +137,25 @@ def part_of(points: Sequence[Point], part: tuple[int, int] | None) -> list[Point
 
 
 def plan_table(out: Path, points: Sequence[Point]) -> Table:
-    """What there is to do: runs and rounds of each grid, and how long by those that are done."""
+    """What there is to do: runs and rounds of each grid, and how long by what is done."""
     table = Table(
-        "grid", "points", "done", "rounds to do", "hours, by those done", title="plan", title_justify="left"
+        "grid", "points", "done", "rounds to do", "hours, by what is done", title="plan", title_justify="left"
     )
-    done = collect(out, points)
     everything = with_trials(points)
-    for grid in dict.fromkeys(point.grid for point in everything):
-        mine = [point for point in everything if point.grid == grid]
+    rated, start = rates(out, everything), start_seconds(out, everything)
+    rows = {
+        grid: [p for p in everything if p.grid == grid] for grid in dict.fromkeys(p.grid for p in everything)
+    }
+    for grid, mine in [*rows.items(), *([("in all", everything)] if len(rows) > 1 else [])]:
         left = [point for point in mine if not is_done(out, point)]
-        rounds = sum(point.config.federation.num_rounds for point in left)
-        known = done[done["grid"] == grid] if len(done) else done
-        rate = known["seconds"].sum() / known["rounds"].sum() if len(known) else None
-        hours = "?" if rate is None else f"{rounds * rate / 3600:.1f}"
-        table.add_row(grid, str(len(mine)), str(len(mine) - len(left)), str(rounds), hours)
+        seconds = seconds_left(out, left, rated, start)
+        table.add_row(
+            grid,
+            str(len(mine)),
+            str(len(mine) - len(left)),
+            str(sum(rounds_left(out, point) for point in left)),
+            "?" if seconds is None else f"{seconds / 3600:.1f}",
+        )
     return table
 
 

@@ -227,7 +227,7 @@ def _check_different(points: Sequence[Point], path: Path) -> None:
     names: dict[str, Point] = {}
     configs: dict[str, Point] = {}
     for point in points:
-        said = point.config.model_dump_json()
+        said = f"{point.config.model_dump_json()} {[choice.settings for choice in point.choices]}"
         if point.name in names:
             raise UserError(
                 f"{path}: two points are named {point.name}; name the choices of an axis differently"

@@ -13,12 +13,14 @@ from scipy import stats
 
 from fslora_jax.errors import UserError
 from fslora_jax.log import read_records
-from fslora_jax.rundir import METRICS, code_of, read_summary
+from fslora_jax.rundir import METRICS, code_of, read_mapping, read_summary, write_atomically
 from fslora_jax.study.points import TRIALS, Point, with_trials
 from fslora_jax.study.tuning import settled
 
 LEVEL = 0.95
 """Of all intervals."""
+STUDY = "study.json"
+"""In a study's folder: its grids, its points, and the commands that ran it."""
 
 
 def collect(out: Path, points: Sequence[Point]) -> pd.DataFrame:
@@ -41,7 +43,8 @@ def settled_points(out: Path, points: Sequence[Point]) -> Iterator[Point]:
 
 def _row(out: Path, point: Point, summary: dict[str, Any]) -> dict[str, Any]:
     folder = out / point.name
-    clocks, records = read_records(folder / "timings.jsonl"), read_records(folder / METRICS)
+    clocks = read_records(folder / "timings.jsonl", "round", "seconds")
+    records = read_records(folder / METRICS, "round")
     told = {name for record in records for name in record if name.startswith("aggregation/")}
     measured = {name.removeprefix("eval/"): value for name, value in summary["after"].items()}
     return (
@@ -67,7 +70,7 @@ def curves(out: Path, points: Sequence[Point]) -> pd.DataFrame:
     return pd.DataFrame(
         {"grid": point.grid} | point.labels | record
         for point in settled_points(out, points)
-        for record in read_records(out / point.name / METRICS)
+        for record in read_records(out / point.name / METRICS, "round")
         if any(name.startswith("eval/") for name in record)
     )
 
@@ -122,10 +125,10 @@ def at_equal_bytes(drawn: pd.DataFrame, axes: Sequence[str], compare: str, repea
 
 
 def write_tables(out: Path, tables: Mapping[str, pd.DataFrame]) -> None:
-    """Each as CSV and Parquet."""
+    """Each as CSV and Parquet, every file whole or not at all."""
     for name, frame in tables.items():
-        frame.to_csv(out / f"{name}.csv", index=False)
-        frame.to_parquet(out / f"{name}.parquet", index=False)
+        write_atomically(out / f"{name}.csv", frame.to_csv(index=False))
+        write_atomically(out / f"{name}.parquet", frame.to_parquet(index=False))
 
 
 def axes_of(points: Sequence[Point]) -> list[str]:
@@ -138,8 +141,13 @@ def tuned_axes(points: Sequence[Point]) -> list[str]:
     return list(dict.fromkeys(axis for point in points for choice in point.choices for axis in choice.labels))
 
 
-def write_plan(out: Path, study: dict[str, Any], points: Sequence[Point]) -> None:
-    """What the folder is a study of."""
+def write_plan(out: Path, study: dict[str, Any], points: Sequence[Point], command: str) -> None:
+    """What the folder is a study of, and each command that ran it once.
+
+    Raises:
+      UserError: there is a plan that cannot be read.
+    """
+    known = read_mapping(out / STUDY).get("commands", []) if (out / STUDY).exists() else []
     runs = [{"name": p.name, "grid": p.grid, **p.labels} for p in with_trials(points)]
-    content = {"study": study, "points": runs}
-    (out / "study.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    content = {"study": study, "points": runs, "commands": list(dict.fromkeys([*known, command]))}
+    write_atomically(out / STUDY, json.dumps(content, indent=1) + "\n")
