@@ -9,7 +9,7 @@ import jax
 from jax.experimental import multihost_utils
 
 EXIT_CODE = 128 + signal.SIGTERM
-"""What the command line exits with: SLURM requeues, and Kubernetes restarts, on any code but 0."""
+"""What the command line exits with: `launch/` has SLURM and SkyPilot go on; Kubernetes restarts on any code but 0."""
 
 
 class Preempted(Exception):

@@ -23,7 +23,7 @@ SECONDS = {"FSLORA_HEARTBEAT_TIMEOUT": 100, "FSLORA_WATCHDOG": 600}
 the others end; seconds in which nothing moves until the watchdog says so."""
 
 LOST_CODE = os.EX_TEMPFAIL
-"""What the command line exits with when another process has gone: to be tried again."""
+"""What the command line exits with when another process has gone: to be tried again, as `launch/` has it."""
 
 GONE = re.compile("gloo|nccl|coordination service|heartbeat|closed by peer|reset by peer", re.I)
 """In messages of collectives whose other end is no longer there."""

@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from fslora_jax.preemption import EXIT_CODE
+from fslora_jax.processes import LOST_CODE
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
@@ -70,10 +74,20 @@ def test_several_processes_know_each_other(call):
     assert "usage" in call("several.sh")[2]
 
 
-@pytest.mark.parametrize(("code", "queued"), [(0, []), (2, []), (143, ["scontrol id= of= at= requeue 42"])])
-def test_slurm_queues_a_preempted_run_again_and_no_other(call, code, queued):
-    found, calls, _ = call("slurm.sbatch", *RUN, fails="srun ", code=code, SLURM_JOB_ID="42")
-    assert (found, calls[1:]) == (code, queued)
+@pytest.mark.parametrize(
+    ("code", "restarts", "again"),
+    [
+        *((code, 0, False) for code in (0, 1, 2)),
+        *((EXIT_CODE, restarts, True) for restarts in (0, 10)),
+        *((LOST_CODE, restarts, restarts < 10) for restarts in (0, 9, 10)),
+        (128 + signal.SIGKILL, 0, True),
+    ],
+)
+def test_slurm_queues_a_run_again_that_was_stopped_or_lost_a_process(call, code, restarts, again):
+    """And no other; one that loses processes again and again is given up."""
+    environment = {"SLURM_JOB_ID": "42", "SLURM_RESTART_COUNT": str(restarts)}
+    found, calls, _ = call("slurm.sbatch", *RUN, fails="srun ", code=code, **environment)
+    assert (found, calls[1:]) == (code, ["scontrol id= of= at= requeue 42"] * again)
     assert calls[0].endswith("fslora train configs/x.yaml --run-dir /runs/a b --distributed")
 
 
@@ -113,6 +127,7 @@ def test_manifests_name_hosts_once_and_commands_that_exist():
     assert [volume["name"] for volume in volumes] == [mounted]
     sky = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     assert sky["num_nodes"] == 2
+    assert sky["resources"]["job_recovery"]["recover_on_exit_codes"] == [EXIT_CODE]
     done = subprocess.run(["bash", "-n", "-c", sky["run"]], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert list(sky["file_mounts"]) == ["/runs"]
