@@ -38,19 +38,19 @@ class Participant(NamedTuple):
 
 
 class Sgd:
-    """``m <- mu m + g``, ``x <- x - lr m`` where x may move."""
+    """``m <- mu m + g``, ``x <- x - lr m``, both where x may move."""
 
     def __init__(self, rate: Callable[[int], float], momentum: float = 0.0):
         self.rate, self.momentum, self.m = rate, momentum, None
 
     def step(self, x: Parameters, g: Parameters, moves: Parameters, t: int) -> Parameters:
         m = self.m or dict.fromkeys(x, 0.0)
-        self.m = {p: self.momentum * m[p] + g[p] for p in x}
+        self.m = {p: np.where(moves[p], self.momentum * m[p] + g[p], m[p]) for p in x}
         return {p: np.where(moves[p], x[p] - self.rate(t) * self.m[p], x[p]) for p in x}
 
 
 class AdamW:
-    """Adam with bias correction and decoupled weight decay, where x may move."""
+    """Adam with bias correction and decoupled weight decay; moments and x change where x may move."""
 
     def __init__(self, rate, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, decay: float = 0.0):
         self.rate, self.b1, self.b2, self.eps, self.decay = rate, b1, b2, eps, decay
@@ -59,8 +59,8 @@ class AdamW:
     def step(self, x: Parameters, g: Parameters, moves: Parameters, t: int) -> Parameters:
         m, v = self.m or dict.fromkeys(x, 0.0), self.v or dict.fromkeys(x, 0.0)
         self.count += 1
-        self.m = {p: self.b1 * m[p] + (1 - self.b1) * g[p] for p in x}
-        self.v = {p: self.b2 * v[p] + (1 - self.b2) * g[p] ** 2 for p in x}
+        self.m = {p: np.where(moves[p], self.b1 * m[p] + (1 - self.b1) * g[p], m[p]) for p in x}
+        self.v = {p: np.where(moves[p], self.b2 * v[p] + (1 - self.b2) * g[p] ** 2, v[p]) for p in x}
 
         def move(p: tuple) -> np.ndarray:
             m = self.m[p] / (1 - self.b1**self.count)

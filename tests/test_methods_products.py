@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from meeting import EXACT, MIXED, SHARES, SPEC, R, begin, error, make, means, meet, total
 
-from fslora_jax.methods import Client
+from fslora_jax.methods import METHODS, Client, Server
 from fslora_jax.methods.hetlora import product_norm
 from fslora_jax.methods.parts import factorised, kernel_of
 from fslora_jax.types import Pair, Trainable
@@ -50,6 +51,37 @@ def test_ffa_lora_never_moves_a_and_rolora_moves_one_factor_at_a_time():
         np.testing.assert_array_equal(first.weights.adapter[m].a, pair.a)
         np.testing.assert_array_equal(second[m].b, first.weights.adapter[m].b)
         assert (np.asarray(second[m].a != pair.a)).all() and (np.asarray(kept[m].b != pair.b)).all()
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(0.7, momentum=0.9),
+        optax.adamw(0.1),
+        optax.adafactor(0.1, min_dim_size_to_factor=2),
+        optax.sm3(0.1),
+    ],
+    ids=["momentum", "adamw", "adafactor", "sm3"],
+)
+def test_the_factor_that_is_idle_in_a_round_of_rolora_keeps_its_bits_and_its_moments(optimizer):
+    """Of moments that are not kept by component, the factor alone."""
+    method = METHODS["rolora"].make(SPEC, optimizer)
+    server = method.init(jax.random.key(0), {})
+    for t, (idle, busy) in enumerate([("a", "b"), ("b", "a")] * 2):
+        after = meet(method, server, seed=t).after
+        for old, new in zip(weights_like(server), weights_like(after), strict=True):
+            for m in SPEC.targets:
+                np.testing.assert_array_equal(getattr(old[m], idle), getattr(new[m], idle))
+                assert (getattr(old[m], busy) != getattr(new[m], busy)).any()
+        server = after
+
+
+def weights_like(server: Server) -> list[dict[str, Pair]]:
+    """The factors, and an optimiser's moments that have their shapes."""
+    leaves = jax.tree.leaves((server.weights, server.opt_state), is_leaf=lambda x: isinstance(x, Trainable))
+    found = [x.adapter for x in leaves if isinstance(x, Trainable)]
+    shapes = [jax.tree.map(jnp.shape, adapter) for adapter in found]
+    return [adapter for adapter, shape in zip(found, shapes, strict=True) if shape == shapes[0]]
 
 
 def test_fedex_lora_has_a_residual_of_low_rank():

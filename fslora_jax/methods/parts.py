@@ -1,7 +1,7 @@
 """The pieces that methods are put together from."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -165,24 +165,42 @@ def take_step(
 ) -> Server:
     """One step of the server optimiser on a change, taken as a negative gradient (arXiv 2003.00295).
 
-    ``optax.sgd(1.0)`` is plain averaging. A component that nobody trained in this round stays bit-identical,
-    whatever momentum or decay the server optimiser has.
+    ``optax.sgd(1.0)`` is plain averaging. For a component that nobody trained in this round there was none: it stays
+    bit-identical, whatever momentum or decay the server optimiser has, and so do its moments.
     """
+
+    def kept(new: PyTree, old: PyTree) -> PyTree:
+        return where_trained(mass, new, old) if isinstance(new, Trainable) else new
+
     gradient = jax.tree.map(jnp.negative, delta)
     updates, opt_state = optimizer.update(gradient, server.opt_state, server.weights)
     moved = jax.tree.map(jnp.add, server.weights, updates)
+    return server._replace(
+        weights=where_trained(mass, moved, server.weights),
+        # The moments of an optax state are trees like the weights.
+        opt_state=jax.tree.map(kept, opt_state, server.opt_state, is_leaf=lambda x: isinstance(x, Trainable)),
+        round=server.round + 1,
+    )
+
+
+def where_trained(mass: Mapping[str, Rows], new: Trainable, old: Trainable) -> Trainable:
+    """``new`` in the components that somebody trained, and in the head; ``old`` elsewhere."""
+
+    def chosen(rows: Float[Array, "N r"], new: Array, old: Array) -> Array:
+        if new.shape[:2] != rows.shape:  # not kept by component, such as Adafactor's means over them
+            return new
+        return jnp.where(rows.reshape(*rows.shape, *[1] * (new.ndim - 2)) > 0, new, old)
+
     adapter = {
         m: Pair(
             *(
-                jnp.where(rows[..., None] > 0, new, old)
-                for new, old, rows in zip(moved.adapter[m], server.weights.adapter[m], mass[m], strict=True)
+                jax.tree.map(partial(chosen, rows), *parts)
+                for rows, *parts in zip(mass[m], pair, old.adapter[m], strict=True)
             )
         )
-        for m in moved.adapter
+        for m, pair in new.adapter.items()
     }
-    return server._replace(
-        weights=Trainable(adapter, moved.head), opt_state=opt_state, round=server.round + 1
-    )
+    return Trainable(adapter, new.head)
 
 
 def per_contributor(combined: Combined) -> Trainable:
