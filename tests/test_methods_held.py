@@ -61,6 +61,19 @@ def test_hafl_trains_the_components_that_mattered():
             assert at.tolist() == [2, 2]
 
 
+@pytest.mark.parametrize(("ks", "trained"), [((1, 2, 2), 2), ((1, 2, R), R)])
+def test_hafl_trains_as_many_components_as_its_largest_client(ks, trained):
+    """As its docstring says: nothing is known of a component that nobody trained."""
+    method = make("hafl")
+    server = begin(method)
+    start = server.weights.adapter
+    for seed in range(3):
+        server = meet(method, server, ks, seed=seed).after
+    for m, pair in server.weights.adapter.items():
+        for new, old in zip(pair, start[m], strict=True):
+            np.testing.assert_array_equal((new != old).any(-1).sum(-1), [trained] * LAYERS)
+
+
 def test_importance_sampling_draws_k_with_the_probabilities_that_its_gains_say():
     method = make("fslora", importance=True, uniform_part=0.2)
     server, k, draws = begin(method), 2, 20_000

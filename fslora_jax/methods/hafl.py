@@ -27,6 +27,8 @@ def hafl(
     ``freeze``: it receives all r and holds the rest still; else it receives those k alone (truncation). Each component
     is averaged over its trainers. Importance (ours, after AdaLoRA): ``|w dw|`` of the round's average change, its mean
     over time with ``b1`` times its spread with ``b2``, averaged over the entries of a column of B and a row of A.
+    What nobody trained keeps importance 0, the least: with all k below r the components beyond the largest k never
+    train, so let some client have k = r.
     """
     fedit = fedavg_lora(spec, server_optimizer)
 
