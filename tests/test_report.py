@@ -212,6 +212,9 @@ def test_mistakes_are_one_line(tmp_path, study):
     (study / "study.json").write_text('{"points": []}')
     with pytest.raises(UserError, match="has no 'study'"):
         make_page([study], None)
+    (study / "study.json").write_text('{"study": {}, "points": [{"name": 3, "grid": "g"}]}')
+    with pytest.raises(UserError, match="was it changed by hand"):
+        make_page([study], None)
 
 
 def test_runs_beside_each_other_are_placed_by_what_differs(tmp_path):

@@ -24,7 +24,7 @@ GRIDS = {
         "set": {"federation.num_rounds": 1},
         "over": {"federation.sketching_ratios": [[0.25], [1.0]], "seed": [0, 1]},
     },
-    "longer": {"over": {"rounds": {"two": {"federation.num_rounds": 2, "evaluate_every": 1}}}},
+    "longer": {"over": {"length": {"two": {"federation.num_rounds": 2, "evaluate_every": 1}}}},
 }
 
 
@@ -58,7 +58,7 @@ def test_points_are_all_combinations_in_order(study):
 
 def test_changes_go_over_everything_and_may_name_axes(study):
     path = write_study(study.parent / "one.yaml", grids={"longer": GRIDS["longer"]})
-    _, points = load_study(path, {"seed": 7, "data.label_column": "label-{rounds}"})
+    _, points = load_study(path, {"seed": 7, "data.label_column": "label-{length}"})
     assert (points[0].config.seed, points[0].config.data.label_column) == (7, "label-two")
 
 

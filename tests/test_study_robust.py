@@ -151,6 +151,7 @@ DAMAGES = {
     "timings older": ("g/0/timings.jsonl", without("seconds"), "has no 'seconds', so another version"),
     "code unknown": ("g/0/made_by.json", cut, "cannot be read"),
     "plan cut": ("study.json", cut, "cannot be read"),
+    "plan changed": ("study.json", lambda path: path.write_text('{"commands": 3}'), "commands: found 3"),
     "plan of another kind": ("study.json", lambda path: path.write_text("[]"), "expected a mapping"),
 }
 
@@ -225,6 +226,11 @@ def test_what_is_left_is_estimated_by_what_was_done(world, study, copied, capsys
         ({"g": {"over": {"seed": [1, 1]}}}, "two points are named g/1"),
         ({"g": {"over": {"x": {"a": {}, "b": {}}}}}, "g/a and g/b have the same settings"),
         ({"g": {}, "h": {}}, "g/run and h/run have the same settings"),
+        ({"a/b": {}}, "found the name 'a/b', which is to be a folder"),
+        ({"g.tuning": {}}, "no .tuning at last"),
+        ({"g": {"over": {"x": {"..": {}}}}}, "found the name '..'"),
+        ({"g": {"over": {"rounds": {"few": {}}}}}, "the tables have a column rounds already"),
+        ({"g": {"over": {"lora": [{"rr": 8}]}}}, "did you mean lora.r?"),
         ({"g": {"overs": {}}}, "unknown setting grids.g.overs"),
         ({"g": {"tune": {"over": {"seed": []}}}}, "grids.g.tune.over.seed has no values"),
         ({"g": {"tune": {}}}, "grids.g.tune.over: missing"),
@@ -256,6 +262,7 @@ def test_mistakes_in_a_study_are_one_line(world, study, capsys, tmp_path, grids,
             b"config: base.yaml\ngrids: {g: {}}\ncompare: seed\n",
             "compare: found seed, expected an axis: none",
         ),
+        (b"config: base.yaml\ngrids: {g: {}}\nrepeat: sed\n", "repeat: found sed, expected an axis: none"),
     ],
     ids=str,
 )
@@ -266,6 +273,23 @@ def test_files_that_are_no_study(world, study, capsys, tmp_path, content, words)
     said = mistake(world, capsys, "study", path, "--out", tmp_path / "out")
     path.unlink(missing_ok=True)
     assert words in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("{study} --out {study}", "is a file; expected a folder for --out"),
+        ("{study} --out {study}/below", "Not a directory; make room or choose another --out"),
+        ("{study} --out {out} --set data.name=[1,", "expected a YAML value behind data.name="),
+        ("{study} --out {out} --set nope=1", "unknown setting nope"),
+        ("{study} --out {out} --set data.name={{task}}", "expected names of axes in braces: ['seed']"),
+        ("{study} --out {out} --part 0 0 --plan", "found 0 0, expected I N"),
+    ],
+)
+def test_mistakes_in_the_command_are_one_line(world, study, capsys, tmp_path, argv, words):
+    argv = argv.format(study=study, out=tmp_path / "out").split()
+    assert words in mistake(world, capsys, "study", *argv)
     assert not (tmp_path / "out").exists()
 
 

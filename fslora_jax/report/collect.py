@@ -9,7 +9,7 @@ from fslora_jax.federation.fairness import CLIENTS
 from fslora_jax.log import Record, read_records
 from fslora_jax.rundir import CONFIG, MADE_BY, METRICS, flat, read_mapping, read_summary
 from fslora_jax.study.points import TRIALS
-from fslora_jax.study.table import STUDY
+from fslora_jax.study.table import STUDY, commands_of
 from fslora_jax.study.tuning import DIVERGED
 
 OTHERS = ("partition.json", "theory.json", MADE_BY)
@@ -95,7 +95,7 @@ def read_subject(folders: Sequence[Path]) -> Subject:
         first.get("repeat", "seed"),
         first.get("compare") or "",
         runs,
-        list(dict.fromkeys(command for plan in plans for command in plan.get("commands", []))),
+        list(dict.fromkeys(command for folder in studies for command in commands_of(folder))),
     )
 
 
@@ -173,4 +173,6 @@ def _read_plan(out: Path) -> dict[str, Any]:
         raise of_other_version(out / STUDY, "points" if "study" in plan else "study")
     if not all(isinstance(point, dict) and {"name", "grid"} <= point.keys() for point in points):
         raise of_other_version(out / STUDY, "points' name and grid")
+    if not all(isinstance(text, str) for point in points for text in point.values()):
+        raise UserError(f"{out / STUDY}: points: found a value that is no text; was it changed by hand?")
     return plan

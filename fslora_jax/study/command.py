@@ -62,8 +62,11 @@ def study_command(argv: Sequence[str]) -> None:
     study, everything = load_study(args.study, dict(map(read_change, args.set)))
     if unknown := set(args.grids) - set(study.grids):
         raise UserError(f"--grids: unknown {sorted(unknown)}; expected some of {list(study.grids)}")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"{args.out}: is a file; expected a folder for --out")
     chosen = args.grids or list(study.grids)
     points = [point for point in everything if point.grid in chosen]
+    mine = part_of(points, args.part)
     console = Console(stderr=True)
     console.print(plan_table(args.out, points))
     if args.plan:
@@ -79,7 +82,7 @@ def study_command(argv: Sequence[str]) -> None:
             )
         failures = run_points(
             args.out,
-            part_of(points, args.part),
+            mine,
             lambda text: console.print(text, markup=False),
             lambda: TerminalDisplay(console),
         )
@@ -120,8 +123,12 @@ def read_change(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise UserError(f"--set: found {text!r}, expected NAME=VALUE, such as federation.num_rounds=3")
-    braces = "{" in value  # names of axes, not a YAML mapping
-    return name, value if braces else yaml.safe_load(value)
+    if "{" in value:  # names of axes, not a YAML mapping
+        return name, value
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set: found {text!r}, expected a YAML value behind {name}=") from None
 
 
 def part_of(points: Sequence[Point], part: tuple[int, int] | None) -> list[Point]:

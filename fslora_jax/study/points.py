@@ -17,6 +17,11 @@ Settings = dict[str, Any]
 """Dotted names of settings, such as ``federation.num_rounds``, with their values."""
 TRIALS = ".tuning"
 """What the grid of a grid's trials is called, behind its name."""
+COLUMNS = (
+    *("grid", "name", "n", "code", "loss", "round", "rounds", "up_MB", "down_MB"),
+    *("seconds", "round_seconds", "compile_seconds"),
+)
+"""What tables and plans hold beside axes and a task's own metrics."""
 Axes = dict[str, list[Any] | dict[str, Settings]]
 
 
@@ -66,11 +71,30 @@ class Study(Section):
     """The axis whose choices are compared with each other, also at equal uploaded bytes."""
 
     @model_validator(mode="after")
-    def _compares_an_axis(self) -> "Study":
+    def _names_axes(self) -> "Study":
         axes = list(dict.fromkeys(axis for grid in self.grids.values() for axis in grid.over))
-        if self.compare is not None and self.compare not in axes:
-            raise ValueError(f"compare: found {self.compare}, expected an axis: {', '.join(axes) or 'none'}")
+        for field in ("repeat", "compare"):
+            axis = getattr(self, field)
+            if field in self.model_fields_set and axis is not None and axis not in axes:
+                raise ValueError(f"{field}: found {axis}, expected an axis: {', '.join(axes) or 'none'}")
+        for name, grid in self.grids.items():
+            _check_names(name, grid.over | (grid.tune.over if grid.tune else {}))
         return self
+
+
+def _check_names(grid: str, over: Axes) -> None:
+    """Axes are columns beside the others, and grids and choices are folders."""
+    for axis in over:
+        if axis in COLUMNS:
+            raise ValueError(
+                f"grids.{grid}: the tables have a column {axis} already; call the axis differently"
+            )
+    for name in (grid, *(name for values in over.values() if isinstance(values, dict) for name in values)):
+        if not re.fullmatch(r"[\w+-][\w.+ -]*", name) or name.endswith(TRIALS):
+            raise ValueError(
+                f"grids.{grid}: found the name {name!r}, which is to be a folder; expected letters, digits and "
+                f"_.+-, no dot at first and no {TRIALS} at last"
+            )
 
 
 class Point(NamedTuple):

@@ -147,7 +147,19 @@ def write_plan(out: Path, study: dict[str, Any], points: Sequence[Point], comman
     Raises:
       UserError: there is a plan that cannot be read.
     """
-    known = read_mapping(out / STUDY).get("commands", []) if (out / STUDY).exists() else []
+    commands = dict.fromkeys([*commands_of(out), command])
     runs = [{"name": p.name, "grid": p.grid, **p.labels} for p in with_trials(points)]
-    content = {"study": study, "points": runs, "commands": list(dict.fromkeys([*known, command]))}
+    content = {"study": study, "points": runs, "commands": list(commands)}
     write_atomically(out / STUDY, json.dumps(content, indent=1) + "\n")
+
+
+def commands_of(out: Path) -> list[str]:
+    """The commands that ran a study so far; none of a study that keeps none, or has not begun.
+
+    Raises:
+      UserError: the plan cannot be read.
+    """
+    found = read_mapping(out / STUDY).get("commands", []) if (out / STUDY).exists() else []
+    if not isinstance(found, list) or not all(isinstance(command, str) for command in found):
+        raise UserError(f"{out / STUDY}: commands: found {found!r}, expected a list of texts; is it damaged?")
+    return found
