@@ -211,6 +211,13 @@ def test_operations_grow_with_steps_and_not_with_chunks():
     assert 0.9 * once < chunked < 1.1 * once
 
 
+def test_a_client_that_trains_alone_is_planned_at_its_own_rank():
+    """Ratios of 0.25 and 0.5 in turn; one slot, whatever the cohort's size."""
+    for client, k in ((0, 2), (3, 4)):
+        config = tiny(federation=runs.SETTINGS["federation"] | {"only_client": client})
+        assert layout_of(config, model_of(config), 1).caps == (k,)
+
+
 def test_ways_to_save_memory_keep_the_clients():
     found = list(ways(tiny(), 8))
     assert [(w.federation.cohort_chunks, w.mesh.fsdp) for w in found] == [(1, 1), (1, 2), (2, 4), (3, 8)]

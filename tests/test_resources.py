@@ -13,7 +13,14 @@ from fslora_jax.config import Config, DataConfig, FederationConfig, ModelConfig,
 from fslora_jax.errors import UserError
 from fslora_jax.federation.calls import cohort_of
 from fslora_jax.federation.feed import counted_steps
-from fslora_jax.federation.resources import client_ranks, demand_of, device_kinds, draw_ranks, training_flops
+from fslora_jax.federation.resources import (
+    client_ranks,
+    demand_of,
+    device_kinds,
+    draw_ranks,
+    resources,
+    training_flops,
+)
 from fslora_jax.federation.setup import set_up
 
 DISTRIBUTIONS = ("uniform", "normal", "heavy_tail")
@@ -104,6 +111,19 @@ def test_the_clock_counts_operations_and_bits(unequal):
         seconds = 8 * (down / device.down_mbps + up / device.up_mbps) / 1e6 + 2 * flops / device.gflops / 1e9
         found = population.clock.seconds(np.array([client]), np.array([2]))[0]
         assert found == pytest.approx(seconds, rel=1e-6)
+
+
+def test_a_client_that_trains_alone_keeps_its_k_and_its_clock(unequal):
+    config, federation = unequal
+    ranks, times = federation.task.population.ranks, federation.task.population.clock
+    lengths = federation.task.population.store.lengths
+    for only in (0, len(ranks) - 1):
+        alone = config.model_copy(
+            update={"federation": config.federation.model_copy(update={"only_client": only})}
+        )
+        k, clock = resources(alone, federation.task.model, lengths.mean(), np.square(lengths).mean())
+        assert k.tolist() == [ranks[only]]
+        assert [x.tolist() for x in clock] == [[x[only]] for x in times]
 
 
 def test_operations_of_a_step_by_hand():

@@ -49,7 +49,7 @@ class Demand(NamedTuple):
 def resources(
     config: Config, model: Model, tokens: float, squares: float
 ) -> tuple[Int[np.ndarray, " clients"], Clock | None]:
-    """k of every client, and the simulated clock where the config has devices.
+    """k of every client that trains, all or ``only_client``, and the simulated clock where the config has devices.
 
     ``tokens`` and ``squares`` are the means of an example's length and of its square.
 
@@ -57,8 +57,9 @@ def resources(
       UserError: a device cannot hold or train even k = 1.
     """
     f = config.federation
+    who = slice(None) if f.only_client is None else slice(f.only_client, f.only_client + 1)
     if not f.devices:
-        return client_ranks(config), None
+        return client_ranks(config)[who], None
     demand = demand_of(config, model, tokens, squares)
     names, kinds = device_kinds(config)
     devices = [f.devices[name] for name in names]
@@ -70,7 +71,7 @@ def resources(
     times = np.array(
         [(demand.traffic(devices[d], k), demand.step(devices[d], k)) for d, k in pairs.T.tolist()]
     )
-    return ranks, Clock(*times[which].T)
+    return ranks[who], Clock(*times[which[who]].T)
 
 
 def device_kinds(config: Config) -> tuple[list[str], Int[np.ndarray, " clients"]]:

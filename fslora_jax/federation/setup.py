@@ -34,7 +34,7 @@ from fslora_jax.federation.local import ClientOptimizer, Passes
 from fslora_jax.federation.memories import Memories
 from fslora_jax.federation.method import is_tiered, make_method
 from fslora_jax.federation.optimizer import make_client_optimizer
-from fslora_jax.federation.resources import Clock, resources
+from fslora_jax.federation.resources import resources
 from fslora_jax.federation.start import start_server, starting_point
 from fslora_jax.methods import Method, Server, Spec, whole
 from fslora_jax.models import Model, load_model, shifted
@@ -93,9 +93,6 @@ def load_task(config: Config, mesh: Mesh | None) -> Task:
     lengths = store.lengths.astype(float)
     partition, _ = divide(config, train)
     ranks, clock = resources(config, model, lengths.mean(), np.square(lengths).mean())
-    if (only := config.federation.only_client) is not None:
-        ranks = ranks[only : only + 1]
-        clock = clock and Clock(*(times[only : only + 1] for times in clock))
     sizes = partition.sizes.astype(float)
     weighted = config.federation.client_weights == "examples"
     population = Population(
