@@ -173,8 +173,13 @@ def test_files_that_are_no_config(world, capsys, tmp_path, content):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("export {run} --out {out} --client 5", "client 5: expected one of 0 to 4"),
-        ("export {run} --out {out} --client -1", "client -1: expected one of 0 to 4"),
+        ("export {run} --out {out} --round 2 --client 5", "client 5: expected one of 0 to 4"),
+        ("export {run} --out {out} --round 2 --client -1", "client -1: expected one of 0 to 4"),
+        (
+            "export {run} --out {out} --client 1",
+            "export: client_optimizer.schedule linear has come to a rate of 0",
+        ),
+        ("export {run} --out {out} --all-clients", "no client would train; take a --round before the last"),
         (
             "export {run} --out {out} --client 1 --merged",
             "export: found client and merged; expected one of them",

@@ -239,12 +239,12 @@ def test_an_exported_client_computes_the_same_under_peft_at_its_own_rank(
     world, finished, tmp_path, client, k
 ):
     """The reference is what the client itself holds after its local steps: rank k, scale s r / k."""
-    runs.call(world, "export", finished, "--out", tmp_path / "c", "--client", client)
+    runs.call(world, "export", finished, "--out", tmp_path / "c", "--client", client, "--round", 2)
     said = json.loads((tmp_path / "c" / "adapter_config.json").read_text())
     assert (said["r"], said["use_rslora"]) == (k, False)
     assert said["lora_alpha"] / said["r"] == pytest.approx((8 / 8**0.5) * 8 / k)  # s r / k with rsLoRA's s
 
-    config, federation, server, _ = load_round(finished, None)
+    config, federation, server, _ = load_round(finished, 2)
     local = train_client(config, federation, server, client)
     _, test = load_examples(config.data, config.seed, Path(config.model.name))
     store = tokenise(world.model, federation.task.model, test, config.data)

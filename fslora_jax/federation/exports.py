@@ -16,7 +16,7 @@ from fslora_jax.config import Config, LoraConfig
 from fslora_jax.errors import UserError
 from fslora_jax.federation.client import train_clients
 from fslora_jax.federation.method import is_tiered
-from fslora_jax.federation.results import Loaded, load_round
+from fslora_jax.federation.results import Loaded, check_goes_on, load_round
 from fslora_jax.federation.setup import Federation
 from fslora_jax.federation.start import whole_head
 from fslora_jax.methods import Server, Spec
@@ -41,12 +41,16 @@ def export_round(run_dir: Path, out: Path, round: int | None = None) -> None:
 
 
 def export_client(run_dir: Path, out: Path, client: int, round: int | None = None) -> None:
-    """One client's adapter at its own rank k, after its local steps of the round that follows."""
+    """One client's adapter at its own rank k, after its local steps of the round that follows.
+
+    Raises:
+      UserError: there is no such client, or the learning rate of the round that follows is 0.
+    """
     _write_clients(load_round(run_dir, round), {client: out})
 
 
 def export_clients(run_dir: Path, out: Path, round: int | None = None) -> None:
-    """Every client's adapter, each at its own rank, in folders ``client-0``, ``client-1`` ... and a list of them."""
+    """Every client's adapter as in `export_client`, in folders ``client-0``, ``client-1`` ... and a list of them."""
     loaded = load_round(run_dir, round)
     ranks = loaded.federation.task.population.ranks.tolist()
     with fresh_folder(out, CLIENTS_FILE, "export of all clients") as fresh:
@@ -104,6 +108,7 @@ def _write_clients(loaded: Loaded, folders: dict[int, Path]) -> None:
             f"federation.method: {config.federation.method} changes the base, so a client's adapter does not fit the "
             "original one; export the global adapter, or the --merged model"
         )
+    check_goes_on(loaded, "export", "take a --round before the last, or the global adapter")
     model, spec = federation.task.model, federation.spec
     said = adapter_config(config.lora, spec, model, config.model.name)
     ranks = federation.task.population.ranks if is_tiered(config, federation.method) else None

@@ -15,7 +15,7 @@ from fslora_jax.errors import UserError
 from fslora_jax.evaluate import Answers, gather, make_evaluation, measure_rows
 from fslora_jax.federation.examples import load_examples, tokenise
 from fslora_jax.federation.personal import score_own
-from fslora_jax.federation.results import load_round
+from fslora_jax.federation.results import check_goes_on, load_round
 from fslora_jax.federation.setup import divide, global_model
 from fslora_jax.rundir import write_atomically
 
@@ -31,7 +31,8 @@ def evaluate_clients(run_dir: Path, personalised: bool = False) -> dict[str, flo
     Raises:
       UserError: the run's clients hold nothing out, or the learning rate of the round that follows is 0.
     """
-    config, federation, server, memories = load_round(run_dir, None)
+    loaded = load_round(run_dir, None)
+    config, federation, server, memories = loaded
     task, population, folder = (
         federation.task,
         federation.task.population,
@@ -51,11 +52,7 @@ def evaluate_clients(run_dir: Path, personalised: bool = False) -> dict[str, flo
     answers = gather(evaluation(*global_model(federation, server), held.batches), held.slots)
     records = by_client(answers, held, clients, task.metrics)
     if personalised:
-        if not np.any(federation.optimizer.learning_rate(int(server.round) * federation.steps.local_steps)):
-            raise UserError(
-                f"personalised: client_optimizer.schedule {config.client_optimizer.schedule} has come to a rate of 0 "
-                "after the last round, so no client would train; evaluate without, or train with schedule: constant"
-            )
+        check_goes_on(loaded, "personalised", "evaluate without")
         answers = score_own(config, federation, server, memories, store, rows.labels, clients)
         for record, found in zip(records, by_client(answers, held, clients, task.metrics), strict=True):
             record |= {f"personalised/{name}": found[name] for name in found if name not in FACTS}

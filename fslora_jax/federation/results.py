@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from fslora_jax import hub
 from fslora_jax.adapters.read import check_fits, read_adapter
 from fslora_jax.checkpoint import Checkpoints
@@ -54,6 +56,20 @@ def load_round(run_dir: Path, round: int | None) -> Loaded:
     memories = open_memories(config, federation, first, checkpoints.files(wanted), saved=True)
     checkpoints.close()
     return Loaded(config, federation, server, memories)
+
+
+def check_goes_on(run: Loaded, asked: str, instead: str) -> None:
+    """Refuses what needs a round after the last one where the learning rate has come to 0, as no client would train.
+
+    Raises:
+      UserError: it has; ``asked`` says what for, ``instead`` what to do.
+    """
+    config, federation, server, _ = run
+    if not np.any(federation.optimizer.learning_rate(int(server.round) * federation.steps.local_steps)):
+        raise UserError(
+            f"{asked}: client_optimizer.schedule {config.client_optimizer.schedule} has come to a rate of 0 "
+            f"after the last round, so no client would train; {instead}, or train with schedule: constant"
+        )
 
 
 def evaluate_run(run_dir: Path, data: DataConfig | None = None, new_tokens: int = 0) -> dict[str, float]:
