@@ -177,7 +177,7 @@ def show(out: Path, points: Sequence[Point], study: Study) -> None:
     means = over_repetitions(found, axes, study.repeat)
     tables = {"results": found, "means": means, "curves": drawn}
     console = Console()
-    console.print(means_table(means, kept, "mean {metric}, with 95 % intervals"))
+    console.print(means_table(means, kept, "mean {metric}"))
     if study.compare is not None:
         equal = over_repetitions(at_equal_bytes(drawn, own, study.compare, study.repeat), own, study.repeat)
         tables["equal_bytes"] = equal
@@ -193,7 +193,8 @@ def means_table(means: pd.DataFrame, axes: Sequence[str], title: str) -> Table:
     measured = [name.removesuffix(".ci") for name in means.columns if name.endswith(".ci")]
     metric = headline([{f"eval/{name}": 0.0 for name in measured}]).removeprefix("eval/")
     beside = {"rounds": 0, "up_MB": 1, "seconds": 0, "round_seconds": 2}
-    shown = Table(title=title.format(metric=metric), title_justify="left")
+    intervals = ", with 95 % intervals" if (means["n"] > 1).any() else ""
+    shown = Table(title=f"{title.format(metric=metric)}{intervals}", title_justify="left")
     for name in (*kept, "n", metric, "loss", *beside):
         shown.add_column(
             name.rpartition(".")[2].replace("_", " "), justify="left" if name in kept else "right"
