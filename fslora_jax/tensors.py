@@ -1,6 +1,7 @@
 """Checkpoints whose tensors stay in their files until a slice of one is read: safetensors, sharded or not."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,9 @@ from fslora_jax.errors import UserError
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
+
+CHUNK = 1 << 20
+"""Values read at a time, so that reading takes little memory beside what is read into."""
 
 Slices = tuple[slice, ...]
 
@@ -37,6 +41,17 @@ class Checkpoint(NamedTuple):
 
     path: Path
     tensors: dict[str, Tensor]
+
+
+def equal(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors hold the same, some rows at a time."""
+    count, *rest = one.shape
+    step = max(1, CHUNK // math.prod(rest))
+    places = [
+        (slice(start, min(start + step, count)), *map(slice, [0] * len(rest), rest))
+        for start in range(0, count, step)
+    ]
+    return one.shape == two.shape and all(np.array_equal(one.read(at), two.read(at)) for at in places)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from fslora_jax.models import build_model, load_model
 from fslora_jax.models.families import find_family
-from fslora_jax.models.weights import sources
+from fslora_jax.models.table import sources
 from fslora_jax.tensors import INDEX
 
 SHARD = 128e6

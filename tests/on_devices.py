@@ -27,6 +27,7 @@ from fslora_jax.methods import METHODS, Method, Server, fedit
 from fslora_jax.methods.wrappers.over_the_air import over_the_air
 from fslora_jax.models import build_model, weights
 from fslora_jax.models.families import find_family
+from fslora_jax.models.table import sources
 from fslora_jax.sharding import CLIENTS, replicated
 
 BERT = {
@@ -143,7 +144,7 @@ def test_weights_are_placed_by_path_and_read_once_and_only_where_they_live(tmp_p
     model = build_model(BERT, num_labels=2, pooling="mean")
     abstract = jax.eval_shape(model.init_base, jax.random.key(0))
     rng = np.random.default_rng(0)
-    table = weights.sources(find_family(BERT), abstract)
+    table = sources(find_family(BERT), abstract)
     tensors = {source.name: rng.normal(size=source.shape).astype(np.float32) for source in table}
     save_file(tensors, tmp_path / "model.safetensors")
     mesh = jax.make_mesh((2, 2, 2), ("clients", "fsdp", "tensor"))

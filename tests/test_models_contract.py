@@ -26,7 +26,7 @@ from examples import assert_close
 from fslora_jax import lora
 from fslora_jax.models import load_model, stack
 from fslora_jax.models.families import find_family
-from fslora_jax.models.weights import sources
+from fslora_jax.models.table import sources
 from fslora_jax.types import Pair
 
 K, ALPHA = 3, 6.0

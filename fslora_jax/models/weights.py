@@ -1,9 +1,8 @@
-"""Hugging Face checkpoints to base weights, through one table, strict in both directions."""
+"""Hugging Face checkpoints to base weights, read through the table and placed leaf by leaf."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,38 +14,16 @@ from fslora_jax.models.families import build_model, find_family
 from fslora_jax.models.family import Family
 from fslora_jax.models.gguf import open_gguf
 from fslora_jax.models.model import Model
-from fslora_jax.models.quantise import Packed, is_packed, pack_like, shape_of
-from fslora_jax.tensors import Checkpoint, Tensor, find_gguf, open_checkpoint, read_object
+from fslora_jax.models.quantise import Packed, is_packed, pack_like
+from fslora_jax.models.table import Source, check_tied, match, sources
+from fslora_jax.tensors import CHUNK, Checkpoint, Tensor, find_gguf, open_checkpoint, read_object
 
 Placement = Callable[[str, tuple[int, ...]], Sharding]
 """Where a base leaf shall live, by its path (``layers/linear/attention.self.query/kernel``) and shape."""
 
-FLOATS = ("F64", "F32", "F16", "BF16", "Q8_0", "Q4_1")
-"""Tensor types that a checkpoint may have."""
-
-CHUNK = 1 << 20
-"""Values read at a time, so that reading takes little memory beside what is read into."""
 
 PAGE = 64
 """Bytes of alignment with which JAX takes a host array as it is on a CPU, and copies nothing."""
-
-LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
-"""Flax's name of a leaf -> torch's; a kernel is the transposed weight."""
-
-OLD_BUFFERS = (".rotary_emb.inv_freq",)
-"""What old files hold of layers beside weights: numbers that follow from the config."""
-
-LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-
-
-class Source(NamedTuple):
-    """Where one slice of a base leaf comes from: tensor name and shape in the file, leaf and layer here."""
-
-    name: str
-    shape: tuple[int, ...]
-    leaf: int
-    layer: int | None
-    transpose: bool
 
 
 def load_model(
@@ -69,7 +46,7 @@ def load_model(
     model = build_model(config, **options)
     family, abstract = find_family(config), jax.eval_shape(model.init_base, jax.random.key(0))
     if options.get("task") == "causal":
-        _check_tied(checkpoint, family, {source.name for source in sources(family, abstract)})
+        check_tied(checkpoint, family, {source.name for source in sources(family, abstract)})
     return model, read_base(checkpoint, family, abstract, placement)
 
 
@@ -91,7 +68,7 @@ def class_tensors(folder: Path, model: Model) -> tuple[Mapping[str, Any], dict[s
     table = list(sources(family, {part: abstract[part] for part in abstract if part in family.containers}))
     of_class = any(name.startswith(family.prefix) for name in checkpoint.tensors)
     named = {}
-    for source, tensor in zip(table, _match(checkpoint, family, table), strict=True):
+    for source, tensor in zip(table, match(checkpoint, family, table), strict=True):
         if source.name in family.absent:
             continue
         outside = of_class and not tensor.name.startswith(family.prefix)  # such as lm_head
@@ -104,7 +81,7 @@ def read_base(
 ) -> dict[str, Any]:
     """Fills an abstract base from a checkpoint; layers are stacked on a leading axis."""
     table = list(sources(family, abstract))
-    tensors = _match(checkpoint, family, table)
+    tensors = match(checkpoint, family, table)
     parts: dict[int, list[tuple[Source, Tensor]]] = {}
     for source, tensor in zip(table, tensors, strict=True):
         parts.setdefault(source.leaf, []).append((source, tensor))
@@ -196,106 +173,3 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     room = np.empty(size + PAGE, np.uint8)
     start = -room.ctypes.data % PAGE
     return room[start : start + size].view(dtype).reshape(shape)
-
-
-def sources(family: Family, abstract: dict[str, Any]) -> Iterator[Source]:
-    """The table: every tensor that the base needs, named without the family's prefix."""
-    for n, (path, leaf) in enumerate(jax.tree.leaves_with_path(abstract, is_leaf=is_packed)):
-        whole = shape_of(leaf) if is_packed(leaf) else leaf.shape
-        container, *within, kind = (entry.key for entry in path)
-        module = "".join(f"{name}." for name in within[-1:])  # none has a bias that is the container's own
-        template = f"{family.containers[container]}{module}{LEAVES[kind]}"
-        stacked = "{layer}" in template
-        shape = whole[1:] if stacked else whole
-        transpose = kind == "kernel"
-        for layer in range(whole[0]) if stacked else [None]:
-            name = template.format(layer=layer)
-            yield Source(name, shape[::-1] if transpose else shape, n, layer, transpose)
-
-
-def _match(checkpoint: Checkpoint, family: Family, table: list[Source]) -> list[Tensor]:
-    """The tensor of every source, after a check that the two sides have the same names and shapes."""
-    path, keys = checkpoint.path, {}
-    for key in sorted(checkpoint.tensors):
-        name = canonical(key, family)
-        if name in keys:
-            raise UserError(
-                f"{path}: {keys[name]!r} and {key!r} are the same tensor {name!r}; expected one of them"
-            )
-        keys[name] = key
-    missing = [source.name for source in table if source.name not in keys | dict.fromkeys(family.absent)]
-    if missing:
-        raise UserError(
-            f"{path}: tensor {missing[0]!r} is missing ({len(missing)} in all); {_advice(missing[0])}"
-        )
-    known = {source.name for source in table} - set(family.absent)
-    spare = {name for name in keys if name.startswith(family.ignored) or name.endswith(OLD_BUFFERS)}
-    unknown = [key for name, key in keys.items() if name not in known | spare]
-    if unknown:
-        raise UserError(
-            f"{path}: unknown tensor {unknown[0]!r} ({len(unknown)} in all); "
-            f"expected {len(table)} tensors of config.json's model, such as {table[0].name!r}"
-        )
-    tensors = [
-        checkpoint.tensors[keys[source.name]] if source.name in keys else _ones(path, source)
-        for source in table
-    ]
-    for source, tensor in zip(table, tensors, strict=True):
-        _check_tensor(source, tensor)
-    return tensors
-
-
-def _ones(path: Path, source: Source) -> Tensor:
-    """What stands for a tensor that files of a family never hold."""
-    return Tensor(
-        path, source.name, source.shape, "F32", lambda at: np.ones([s.stop - s.start for s in at], np.float32)
-    )
-
-
-def _check_tied(checkpoint: Checkpoint, family: Family, used: set[str]) -> None:
-    """Refuses an output of its own beside a config that ties it; none, or a copy, is fine, and so is one in use."""
-    by_name = {canonical(key, family): tensor for key, tensor in checkpoint.tensors.items()}
-    for name, original in family.tied.items():
-        table, output = by_name.get(original), by_name.get(name)
-        if table is not None and output is not None and name not in used and not _equal(table, output):
-            raise UserError(
-                f"{output.path}: tensor {output.name!r} is not a copy of {table.name!r}, but config.json has "
-                "tie_word_embeddings: true, which uses the latter for both; set it to false to use the file's own"
-            )
-
-
-def _equal(one: Tensor, two: Tensor) -> bool:
-    """Whether two tensors hold the same, some rows at a time."""
-    count, *rest = one.shape
-    step = max(1, CHUNK // math.prod(rest))
-    places = [
-        (slice(start, min(start + step, count)), *map(slice, [0] * len(rest), rest))
-        for start in range(0, count, step)
-    ]
-    return one.shape == two.shape and all(np.array_equal(one.read(at), two.read(at)) for at in places)
-
-
-def canonical(key: str, family: Family) -> str:
-    """A tensor's name without the family's prefix and with today's names of norms."""
-    name = key.removeprefix(family.prefix)
-    for old, new in LEGACY.items():
-        if name.endswith(old):
-            name = name.removesuffix(old) + new
-    return name
-
-
-def _check_tensor(source: Source, found: Tensor) -> None:
-    if found.shape != source.shape:
-        raise UserError(
-            f"{found.path}: tensor {found.name!r} has shape {found.shape}; expected {source.shape}, as config.json says"
-        )
-    if found.kind not in FLOATS:
-        raise UserError(
-            f"{found.path}: tensor {found.name!r} holds {found.kind}; expected floats, not quantised"
-        )
-
-
-def _advice(name: str) -> str:
-    if name.startswith("pooler."):
-        return "set model.pooling: mean, which needs no pooler"
-    return "take the checkpoint that config.json belongs to"
