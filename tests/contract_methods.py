@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle_factors
 import oracle_methods as by_hand
+import oracle_products
 import toy
 from compare import client_batches, client_key, close, flat, oracle_base, oracle_minibatches
 
@@ -38,28 +40,30 @@ class Case(NamedTuple):
 
 HETLORA = {"decay": 0.7, "tail_penalty": 0.1, "least_rank": 1}
 CASES = {
-    "fslora": Case("fslora", by_hand.fslora),
-    "fedit": Case("fedit", by_hand.fedit),
-    "ffa_lora": Case("ffa_lora", by_hand.ffa_lora),
-    "rolora": Case("rolora", by_hand.rolora),
-    "fedsa_lora": Case("fedsa_lora", by_hand.fedsa_lora),
-    "zero_padding": Case("zero_padding", by_hand.zero_padding),
-    "hetlora": Case("hetlora", by_hand.hetlora, HETLORA, HETLORA),
-    "flexlora": Case("flexlora", by_hand.flexlora, svd=True),
-    "flora": Case("flora", by_hand.flora),
-    "fedex_lora": Case("fedex_lora", by_hand.fedex_lora),
-    "fed_sb": Case("fed_sb", by_hand.fed_sb),
-    "lora_fair": Case("lora_fair", by_hand.lora_fair, {"penalty": 0.1}, {"penalty": 0.1}),
-    "hafl": Case("hafl", by_hand.hafl, known={"truncate": False}),
-    "hafl of truncation": Case("hafl", by_hand.hafl, {"freeze": False}, {"truncate": True}),
-    "raflora": Case("raflora", by_hand.raflora, svd=True),
-    "raflora of factors": Case("raflora", by_hand.raflora_of_factors, {"factors": True}),
-    "fed_plora": Case("fed_plora", by_hand.fed_plora),
-    "xgblora": Case("xgblora", by_hand.xgblora, {"ridge": 0.1, "step": 0.8}, {"ridge": 0.1, "step": 0.8}),
-    "rac_lora": Case("rac_lora", by_hand.rac_lora, known={"sketch": "B"}),
-    "rac_lora drawing A": Case("rac_lora", by_hand.rac_lora, {"sketch": "a"}, {"sketch": "A"}),
+    "fslora": Case("fslora", oracle_factors.fslora),
+    "fedit": Case("fedit", oracle_factors.fedit),
+    "ffa_lora": Case("ffa_lora", oracle_factors.ffa_lora),
+    "rolora": Case("rolora", oracle_factors.rolora),
+    "fedsa_lora": Case("fedsa_lora", oracle_factors.fedsa_lora),
+    "zero_padding": Case("zero_padding", oracle_factors.zero_padding),
+    "hetlora": Case("hetlora", oracle_factors.hetlora, HETLORA, HETLORA),
+    "flexlora": Case("flexlora", oracle_products.flexlora, svd=True),
+    "flora": Case("flora", oracle_products.flora),
+    "fedex_lora": Case("fedex_lora", oracle_products.fedex_lora),
+    "fed_sb": Case("fed_sb", oracle_products.fed_sb),
+    "lora_fair": Case("lora_fair", oracle_products.lora_fair, {"penalty": 0.1}, {"penalty": 0.1}),
+    "hafl": Case("hafl", oracle_factors.hafl, known={"truncate": False}),
+    "hafl of truncation": Case("hafl", oracle_factors.hafl, {"freeze": False}, {"truncate": True}),
+    "raflora": Case("raflora", oracle_products.raflora, svd=True),
+    "raflora of factors": Case("raflora", oracle_factors.raflora_of_factors, {"factors": True}),
+    "fed_plora": Case("fed_plora", oracle_factors.fed_plora),
+    "xgblora": Case(
+        "xgblora", oracle_products.xgblora, {"ridge": 0.1, "step": 0.8}, {"ridge": 0.1, "step": 0.8}
+    ),
+    "rac_lora": Case("rac_lora", oracle_products.rac_lora, known={"sketch": "B"}),
+    "rac_lora drawing A": Case("rac_lora", oracle_products.rac_lora, {"sketch": "a"}, {"sketch": "A"}),
 }
-"""A new method is a new row here, and a function in `oracle_methods`."""
+"""A new method is a new row here, and a function in `oracle_factors` or `oracle_products`."""
 
 
 class Way(NamedTuple):

@@ -11,10 +11,10 @@ import pytest
 import transformers
 from runs import make_tokenizer
 
-from fslora_jax.config import DataConfig, TaskName
 from fslora_jax.data.chat import chat_prompts
 from fslora_jax.data.prompts import alpaca, commonsense
 from fslora_jax.data.tasks import TASKS
+from fslora_jax.data_config import DataConfig, TaskName
 from fslora_jax.errors import UserError
 from fslora_jax.federation.examples import find_examples, load_examples
 from fslora_jax.metrics import METRICS

@@ -1,7 +1,7 @@
 """The contract of every method: its oracle, one program, stable state, any layout and order, frozen bits, bytes.
 
-`oracle_methods` computes each method by hand. The masked round runs with SGD and the tiered one, in chunks, with AdamW
-and decay, both against the oracle; `on_devices` does the same on eight devices with momentum.
+`oracle_factors` and `oracle_products` have each method by hand. The masked round runs with SGD and the tiered one, in
+chunks, with AdamW and decay, both against the oracle; `on_devices` does the same on eight devices with momentum.
 """
 
 from itertools import pairwise
