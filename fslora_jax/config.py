@@ -3,16 +3,14 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import optax
 import yaml
 from pydantic import Field, model_validator
 
 from fslora_jax.clients_config import DeviceConfig, PartitionConfig, check_asked, check_devices, check_ranks
+from fslora_jax.data_config import DataConfig
 from fslora_jax.errors import UserError
-from fslora_jax.settings import Count, Fraction, NonNegative, Positive, Ratio, Section, checked
-
-Glue = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "mnli_mismatched", "qnli", "rte", "wnli"]
-TaskName = Literal["classification", "regression", Glue, "commonsense", "alpaca", "chat", "text"]
+from fslora_jax.optimizers_config import ClientOptimizerConfig, ServerOptimizerConfig
+from fslora_jax.settings import Count, Fraction, Positive, Ratio, Section, checked
 
 
 class ModelConfig(Section):
@@ -63,49 +61,6 @@ class LoraConfig(LoraShape):
     regular expression of a module's whole path. By default what PEFT adapts in this family, such as query and value."""
     lora_dropout: Fraction = 0.0
     """Dropout on the input of the LoRA branch in training."""
-
-
-class DataConfig(Section):
-    """Labelled texts, how they are split, tokenised and batched."""
-
-    task: TaskName = "classification"
-    """`classification` and `regression` have the columns below; a GLUE task knows its own columns, labels and
-    metrics; `commonsense`, `alpaca`, `chat` and `text` train a language model on instructions or plain text."""
-    name: str | None = None
-    """Local .tsv, .csv, .json, .jsonl or .parquet file, a folder with a task's original files, or a Hugging Face data
-    set id (`owner/name:config`); by default a GLUE task's own place on the hub."""
-    parts: tuple[str, ...] = ()
-    """Folders below `name`, each a task to train on together, such as ARC-Easy and boolq."""
-    split: str | None = None
-    """Split of a hub data set to train on; by default train."""
-    test_name: str | None = None
-    """The held-out examples, as `name`; without one, those of a task's folder or hub data set, or else
-    `test_examples` of the training data."""
-    test_split: str | None = None
-    """Split of a hub data set that is held out; by default the task's own."""
-    test_examples: Count = 1000
-    """Number of examples held out at random, where nothing else says which."""
-    max_test_examples: Count | None = None
-    """At most so many of the held-out examples, drawn at random; by default all."""
-    validation: Fraction = 0.0
-    """Part of the training examples, drawn at random, that is held out in place of the test examples: to choose
-    settings by, before anything is tested."""
-    learn: Literal["completion", "all"] = "completion"
-    """What a language model learns to predict: the answers, or every token."""
-    text_columns: tuple[str, ...] = ("text",)
-    """One column, or two for sentence pairs; numbers are positions in a file without a header."""
-    label_column: str = "label"
-    """Column with the label."""
-    client_column: str | None = None
-    """Column that says whose an example is, for the partition `natural`."""
-    label_names: tuple[str, ...] | None = None
-    """All labels in order; by default those that occur, sorted."""
-    max_length: Count = 128
-    """Longer texts are truncated to this many tokens."""
-    row_length: Count | None = None
-    """Tokens of a packed row; by default the length with which batches need the fewest."""
-    packing: bool = True
-    """Several short examples in one row (exact, and much faster), or one padded example a row."""
 
 
 class FederationConfig(Section):
@@ -171,69 +126,6 @@ class MeshConfig(Section):
     """Devices of a group that share out the base weights and the rows of a batch."""
     tensor: Count = 1
     """Devices of a group that share out attention heads and features."""
-
-
-class ClientOptimizerConfig(Section):
-    """The optimiser of the local steps; its state starts afresh in every round."""
-
-    name: Literal["sgd", "adamw"] = "sgd"
-    """`sgd` takes `momentum`; `adamw` takes `b1`, `b2`, `eps`."""
-    learning_rate: Positive = 5e-4
-    """Peak learning rate."""
-    head_learning_rate: Positive | None = None
-    """Peak learning rate of the dense head; by default the same."""
-    momentum: Fraction = 0.0
-    """Momentum of `sgd`."""
-    b1: Fraction = 0.9
-    """First decay rate of `adamw`."""
-    b2: Fraction = 0.999
-    """Second decay rate of `adamw`."""
-    eps: Positive = 1e-8
-    """Denominator's offset of `adamw`."""
-    weight_decay: NonNegative = 0.0
-    """Decoupled weight decay on what the client trains."""
-    max_grad_norm: Positive | None = None
-    """Clips each client's gradient to this global norm."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Decay of the learning rate to zero over all steps of the run."""
-    warmup_rounds: Annotated[int, Field(ge=0)] = 0
-    """Rounds over which the learning rate rises from zero."""
-
-
-class ServerOptimizerConfig(Section):
-    """The optimiser of the averaged change; the default is plain averaging."""
-
-    name: str = "sgd"
-    """Any optimiser of optax by its name: sgd, adam, yogi, adagrad, lion ..."""
-    learning_rate: Positive = 1.0
-    """Server learning rate; 1 with sgd is plain averaging."""
-    options: dict[str, float | bool] = {}
-    """Further keyword arguments of that optimiser, such as {momentum: 0.9}."""
-
-    @model_validator(mode="after")
-    def _builds(self) -> "ServerOptimizerConfig":
-        self.build()
-        return self
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is plain averaging."""
-        return (self.name, self.learning_rate, self.options) == ("sgd", 1.0, {})
-
-    def build(self) -> optax.GradientTransformation:
-        """The optax transformation of this section."""
-        factory = getattr(optax, self.name, None)
-        if self.name.startswith("_") or not callable(factory):
-            raise ValueError(
-                f"name: {self.name!r} is no optimiser of optax; expected one such as sgd or adam"
-            )
-        try:
-            optimizer = factory(learning_rate=self.learning_rate, **self.options)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"optax.{self.name} does not take these options: {error}") from None
-        if not isinstance(optimizer, optax.GradientTransformation):
-            raise ValueError(f"name: optax.{self.name} is no optimiser; expected one such as sgd or adam")
-        return optimizer
 
 
 class Config(Section):

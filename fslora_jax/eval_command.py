@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from fslora_jax.arguments import parse
-from fslora_jax.config import DataConfig, TaskName
+from fslora_jax.data_config import DataConfig, TaskName
 from fslora_jax.errors import UserError
 from fslora_jax.federation.fairness import evaluate_clients
 from fslora_jax.federation.results import evaluate_adapter, evaluate_run
