@@ -1,12 +1,35 @@
-"""Settings of the XLA compiler that a measurement asks for."""
+"""Which devices JAX looks for, and settings of the XLA compiler that a measurement asks for."""
 
+import os
 from functools import cache
+from glob import glob
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 """XLA's experimental CPU fusions wait on their own thread pool: a round takes two to six times as long with them."""
+
+TPUS = ("/dev/accel*", "/dev/vfio/*")
+"""Where Linux shows the chips of a TPU."""
+
+
+def leave_libtpu() -> None:
+    """Keeps JAX, here and in processes started from here, from loading libtpu where there is no TPU.
+
+    It may be installed for `fslora plan` alone, and warns of the TPU that it does not find. Nothing changes with
+    JAX_PLATFORMS set, with a plugin for other devices, or where JAX (which then asks for them) or Linux sees TPU chips.
+    """
+    plugins = find_spec("jax_plugins") or entry_points(group="jax_plugins")
+    plugins = plugins or os.environ.get("PJRT_NAMES_AND_LIBRARY_PATHS")
+    config: Any = jax.config
+    chips = [path for pattern in TPUS for path in glob(pattern)]
+    if find_spec("libtpu") and config.jax_platforms is None and not plugins and not chips:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        config.update("jax_platforms", "cpu")
 
 
 @cache

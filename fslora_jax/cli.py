@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fslora_jax import hub
 from fslora_jax.arguments import option, parse, parse_config
+from fslora_jax.backend import leave_libtpu
 from fslora_jax.bench.command import bench_command
 from fslora_jax.describe import describe_command
 from fslora_jax.display import TerminalDisplay, print_summary
@@ -141,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name in ("-h", "--help"):
         print(USAGE, end="")
         return
+    leave_libtpu()
     jax.config.update("jax_compilation_cache_dir", str(hub.default_cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     try:
