@@ -291,4 +291,7 @@ def test_the_page_is_a_file(tmp_path):
     run = make_run(tmp_path / "run")
     with pytest.raises(UserError, match="is a folder"):
         report_command([str(run), "--out", str(tmp_path)])
+    for place in (tmp_path / "run/config.yaml", Path("/proc")):  # a file, and where not even root may write
+        with pytest.raises(UserError, match=r"cannot be written: .*; make room or choose another --out"):
+            report_command([str(run), "--out", str(place / "below/report.html")])
     assert not list(Path(tmp_path).glob("*_figures"))

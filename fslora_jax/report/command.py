@@ -74,5 +74,10 @@ def write_page(out: Path, page: str) -> None:
     """The page, whole or not at all."""
     if out.is_dir():
         raise UserError(f"{out}: is a folder; expected a file for --out, such as {out / 'report.html'}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, page)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, page)
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be written: {error.strerror}; make room or choose another --out"
+        ) from None

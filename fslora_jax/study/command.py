@@ -193,7 +193,7 @@ def means_table(means: pd.DataFrame, axes: Sequence[str], title: str) -> Table:
     measured = [name.removesuffix(".ci") for name in means.columns if name.endswith(".ci")]
     metric = headline([{f"eval/{name}": 0.0 for name in measured}]).removeprefix("eval/")
     beside = {"rounds": 0, "up_MB": 1, "seconds": 0, "round_seconds": 2}
-    intervals = ", with 95 % intervals" if (means["n"] > 1).any() else ""
+    intervals = ", with 95 % intervals" if any(n > 1 for n in means["n"]) else ""
     shown = Table(title=f"{title.format(metric=metric)}{intervals}", title_justify="left")
     for name in (*kept, "n", metric, "loss", *beside):
         shown.add_column(
