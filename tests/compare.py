@@ -12,7 +12,7 @@ from toy import BASE, LAYERS, METHOD, ORDER, STEPS, TARGETS, R
 
 from fslora_jax.data.batches import make_batch
 from fslora_jax.federation.feed import Population, Steps, local_examples
-from fslora_jax.federation.round import base_keys
+from fslora_jax.federation.round import constants_of
 from fslora_jax.methods import Client, Method, Server, fslora
 from fslora_jax.types import Batch, Local, Trainable
 
@@ -48,7 +48,7 @@ def _download(spec: str) -> Callable[..., Local]:
 
 def give(server: Server, client: int, k: int, cap: int, spec: str = "equal") -> Local:
     """What FSLoRA gives a client in the coming round, in a slot of rank ``cap``."""
-    key = client_key(base_keys(5).sketch, int(server.round), client)
+    key = client_key(constants_of(5).keys.sketch, int(server.round), client)
     who = Client(jnp.int32(client), jnp.int32(k), jnp.float32(1))
     return _download(spec)(key, server._replace(opt_state=()), who, cap)
 

@@ -14,7 +14,7 @@ import toy
 from compare import client_batches, client_key, close, flat, oracle_base, oracle_minibatches
 
 from fslora_jax.federation.cohort import Layout, plan_layout
-from fslora_jax.federation.round import base_keys
+from fslora_jax.federation.round import constants_of
 from fslora_jax.lora import product
 from fslora_jax.methods import METHODS, Client, Method, Server
 
@@ -177,7 +177,7 @@ def download_of(case: str) -> Callable[..., Any]:
 def drawn_by(case: str, server: Server, client: int) -> dict[tuple[str, int], np.ndarray]:
     """The components that a client trains by a draw of the package."""
     who = Client(jnp.int32(client), jnp.int32(population_of(case).ranks[client]), jnp.float32(1))
-    key = client_key(base_keys(5).sketch, int(server.round), client)
+    key = client_key(constants_of(5).keys.sketch, int(server.round), client)
     held = download_of(case)(key, server, who, R)
     return {
         (m, n): np.asarray(held.index[m][n])[np.asarray(held.trains[m].a[n]) > 0]

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from fslora_jax.federation.cohort import plan_layout
 from fslora_jax.federation.feed import make_cohort
 from fslora_jax.federation.local import ClientOptimizer
-from fslora_jax.federation.round import base_keys
+from fslora_jax.federation.round import constants_of
 from fslora_jax.methods import METHODS, Method, Server, fedit
 from fslora_jax.methods.wrappers.over_the_air import over_the_air
 from fslora_jax.models import build_model, weights
@@ -96,7 +96,7 @@ def program(slots: int, method: Method, optimizer: ClientOptimizer) -> str:
     cohort = make_cohort(population, toy.STEPS, layout, ids, 0, shape=toy.SHAPE, chunks=1, mesh=mesh)
     server, base = jax.device_put((toy.start(method), toy.BASE), replicated(mesh))
     one_round = toy.compiled_round(method, optimizer, layout, 0.0, mesh)
-    return one_round.lower(base, server, base_keys(5, mesh), cohort).compile().as_text()
+    return one_round.lower(base, server, constants_of(5, mesh=mesh), cohort).compile().as_text()
 
 
 def exchanged() -> dict[str, int]:

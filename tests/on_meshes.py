@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from fslora_jax.federation.cohort import plan_layout
 from fslora_jax.federation.feed import make_cohort
 from fslora_jax.federation.local import Passes
-from fslora_jax.federation.round import Cohort, base_keys, make_round
+from fslora_jax.federation.round import Cohort, constants_of, make_round
 from fslora_jax.lora import product
 from fslora_jax.methods import Server, Spec, fslora
 from fslora_jax.models.families import build_model
@@ -90,12 +90,12 @@ def played(name: str, mesh_name: str) -> Rounds:
     base = jax.jit(model.init_base)(jax.random.key(3))
     server = jax.jit(lambda key: method.init(key, model.init_head(key)))(jax.random.key(4))
     base = jax.device_put(base, base_shardings(mesh, base))
-    server, keys = jax.device_put(server, replicated(mesh)), base_keys(5, mesh)
-    program = one_round.lower(base, server, keys, cohort_of(0, mesh)).compile()
+    server, constants = jax.device_put(server, replicated(mesh)), constants_of(5, mesh=mesh)
+    program = one_round.lower(base, server, constants, cohort_of(0, mesh)).compile()
     losses = []
     for t in range(2):
         cohort = cohort_of(t, mesh)
-        server, played = program(base, server, keys, cohort)
+        server, played = program(base, server, constants, cohort)
         losses.append(by_client(cohort, played.losses))
     return Rounds(
         server, losses, collectives(program.as_text(), dict(zip(AXES, MESHES[mesh_name], strict=True)))

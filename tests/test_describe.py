@@ -17,7 +17,7 @@ from fslora_jax import memory
 from fslora_jax.describe import Describe, describe
 from fslora_jax.federation.cohort import Layout
 from fslora_jax.federation.local import ClientOptimizer
-from fslora_jax.federation.round import Cohort, base_keys, make_round
+from fslora_jax.federation.round import Cohort, constants_of, make_round
 from fslora_jax.lora import Target
 from fslora_jax.methods import Client, Spec, fslora
 from fslora_jax.models import build_model
@@ -108,7 +108,12 @@ def needed_by_xla(
         examples = [numbers(batch_size), numbers(batch_size, dtype=jnp.float32), numbers(batch_size, 0)]
         clients = [jnp.zeros((1, 1, size), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)]
         server = method.init(key, model.init_head(key))
-        return model.init_base(key), server, base_keys(0), Cohort(Client(*clients), Batch(*rows, *examples))
+        return (
+            model.init_base(key),
+            server,
+            constants_of(0),
+            Cohort(Client(*clients), Batch(*rows, *examples)),
+        )
 
     found = jax.jit(one_round).lower(*jax.eval_shape(arguments)).compile().memory_analysis()
     assert found is not None

@@ -238,7 +238,7 @@ def test_the_learning_rate_over_a_run_of_four_rounds_of_two_steps(world, schedul
     config = load_config(world.config).client_optimizer.model_copy(
         update={"learning_rate": 1.0, "schedule": schedule, "warmup_rounds": warmup}
     )
-    rate = make_client_optimizer(config, num_rounds=4, local_steps=2).learning_rate
+    rate = make_client_optimizer(config, num_rounds=4, local_steps=2).schedule
     np.testing.assert_allclose([rate(step) for step in range(8)], rates, atol=1e-6)
 
 

@@ -10,7 +10,7 @@ import pytest
 import toy
 from compare import flat, give
 
-from fslora_jax.federation.round import base_keys
+from fslora_jax.federation.round import constants_of
 from fslora_jax.methods import (
     Client,
     Combined,
@@ -39,7 +39,7 @@ def drawn_sets(spec, rounds: int, clients: int) -> np.ndarray:
 
     @jax.jit
     def of_round(t):
-        keys = by_client(jax.random.fold_in(base_keys(5).sketch, t), jnp.arange(clients))
+        keys = by_client(jax.random.fold_in(constants_of(5).keys.sketch, t), jnp.arange(clients))
         who = Client(jnp.arange(clients), jnp.full(clients, 8), jnp.ones(clients))
         held = jax.vmap(lambda key, client: method.download(key, server, client, 8))(keys, who)
         return jnp.sort(jnp.concatenate(list(held.index.values()), 1), -1)

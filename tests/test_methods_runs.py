@@ -12,7 +12,7 @@ import torch
 import transformers
 from test_bad_input import refusal
 
-from fslora_jax.federation import loop
+from fslora_jax.federation.meter import Meter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -40,14 +40,14 @@ class Stopped(Exception):
 
 def stopping(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
     """The next run stops in the round after ``last``, before anything of it is written."""
-    measure = loop.Meter.measure
+    measure = Meter.measure
 
     def stop(self, t: int, *rest):
         if t == last:
             raise Stopped
         return measure(self, t, *rest)
 
-    monkeypatch.setattr(loop.Meter, "measure", stop)
+    monkeypatch.setattr(Meter, "measure", stop)
 
 
 @pytest.mark.parametrize("method", CHANGES)

@@ -18,9 +18,9 @@ from fslora_jax.federation import calls, summary
 
 DIE = "import os, signal\ndie = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
 IN_ROUND = """
-from fslora_jax.federation import loop
-measure = loop.Meter.measure
-loop.Meter.measure = lambda self, t, *rest: die() if t + 1 == {round} else measure(self, t, *rest)
+from fslora_jax.federation.meter import Meter
+measure = Meter.measure
+Meter.measure = lambda self, t, *rest: die() if t + 1 == {round} else measure(self, t, *rest)
 """
 HALF_A_CHECKPOINT = """
 from pathlib import Path

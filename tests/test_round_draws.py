@@ -14,7 +14,7 @@ from test_round_broken import over_contributors
 from fslora_jax import lora
 from fslora_jax.federation.cohort import Layout
 from fslora_jax.federation.local import ClientOptimizer
-from fslora_jax.federation.round import Cohort, base_keys, make_round
+from fslora_jax.federation.round import Cohort, constants_of, make_round
 from fslora_jax.methods import Client, Method, Server, Spec, fslora, parts
 from fslora_jax.types import Batch, Pair, Score, Trainable
 
@@ -126,7 +126,7 @@ class Quadratic:
         cohort = jax.tree.map(lambda x: x[None, None], Cohort(clients, nothing))
         optimizer = ClientOptimizer(optax.identity(), lambda _: jnp.float32(self.lr))
         one_round = jax.jit(make_round(score, method, optimizer, Layout(tuple(k.tolist()), 1), local_steps=1))
-        moved = one_round(jnp.float32(self.w0), server, base_keys(5), cohort)[0].weights.adapter["q"]
+        moved = one_round(jnp.float32(self.w0), server, constants_of(5), cohort)[0].weights.adapter["q"]
         return np.asarray(moved.b - pair.b)[0].T, np.asarray(moved.a - pair.a)[0]
 
 

@@ -14,7 +14,7 @@ from hlo import Product
 
 from fslora_jax.federation import round as round_module
 from fslora_jax.federation.cohort import Layout
-from fslora_jax.federation.local import ClientOptimizer, train
+from fslora_jax.federation.local import ClientOptimizer, Rates, train
 from fslora_jax.federation.round import Cohort, make_round
 from fslora_jax.methods import Client, Spec, fedit, fslora
 from fslora_jax.models import Model, build_model
@@ -87,7 +87,7 @@ def compiled(
         return (
             base,
             federated.init(key, model().init_head(key)),
-            round_module.Keys(key, key, key, key),
+            round_module.Constants(round_module.Keys(key, key, key, key), Rates()),
             cohort,
         )
 

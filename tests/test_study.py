@@ -11,7 +11,7 @@ import yaml
 from runs import mistake, write_study
 from scipy import stats
 
-from fslora_jax.federation import loop
+from fslora_jax.federation.running import Running
 from fslora_jax.provenance import code_fingerprint
 from fslora_jax.rundir import open_run
 from fslora_jax.study.command import part_of
@@ -26,12 +26,6 @@ GRIDS = {
     },
     "longer": {"over": {"length": {"two": {"federation.num_rounds": 2, "evaluate_every": 1}}}},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def plain():
-    with runs.without_figures():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +65,14 @@ def test_changes_go_over_everything_and_may_name_axes(study):
 def test_a_study_runs_once_and_goes_on_where_it_was(world, study, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:  # a kill in the middle of the last point
-        write_record = loop.write
+        write_records = Running.write
 
-        def dies(loggers, record):
-            if record["round"] == 2:
+        def dies(self, speed=None):
+            if self.done == 2:
                 raise KeyboardInterrupt
-            write_record(loggers, record)
+            write_records(self, speed)
 
-        patch.setattr(loop, "write", dies)
+        patch.setattr(Running, "write", dies)
         with pytest.raises(SystemExit):
             runs.call(world, "study", study, "--out", out)
     assert not (out / "results.csv").exists()

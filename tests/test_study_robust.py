@@ -12,6 +12,7 @@ import runs
 from runs import mistake, write_study
 
 from fslora_jax import log
+from fslora_jax.federation import summary
 from fslora_jax.report.command import make_page
 from fslora_jax.study import table
 from fslora_jax.study.points import load_study
@@ -30,12 +31,6 @@ GRIDS = {
 CLOCKED = r"(seconds|round_seconds|compile_seconds)(\.sd|\.ci)?"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def plain():
-    with runs.without_figures():
-        yield
-
-
 @pytest.fixture(scope="module")
 def study(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
@@ -47,7 +42,10 @@ def study(world, tmp_path_factory):
 def undisturbed(world, study, tmp_path_factory):
     """The folder of the study, run in one go; only read."""
     out = tmp_path_factory.mktemp("undisturbed")
-    runs.call(world, "study", study, "--out", out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(summary.figures, "run_figures", lambda *_: None)  # they take most of the time
+        patch.setattr(summary.figures, "partition_figure", lambda *_: None)
+        runs.call(world, "study", study, "--out", out)
     return out
 
 
@@ -57,11 +55,11 @@ def copied(undisturbed, tmp_path):
 
 
 def tables(out):
-    """Whatever a study found but for the clock's part, as text."""
+    """Whatever a study found but for the clock's part, as text; how many go together moves the last digits."""
     read = {path.name: pd.read_csv(path) for path in sorted(out.glob("*.csv"))}
     read |= {path.name: pd.read_parquet(path) for path in sorted(out.glob("*.parquet"))}
     return {
-        name: t[[c for c in t if not pd.Series(c).str.fullmatch(CLOCKED)[0]]].to_csv()
+        name: t[[c for c in t if not pd.Series(c).str.fullmatch(CLOCKED)[0]]].to_csv(float_format="%.5g")
         for name, t in read.items()
     }
 
@@ -106,13 +104,14 @@ SHARING = (
     + """
 import os, time
 from pathlib import Path
-from fslora_jax.federation import loop
-here, write = Path({here!r}), loop.write
-def told(loggers, record):
-    write(loggers, record)
+from fslora_jax.federation.running import Running
+here, write = Path({here!r}), Running.write
+def told(self, speed=None):
+    write(self, speed)
     with (here / "log").open("a") as file:
-        file.write(f"{{os.getpid()}} {{loggers[0]._file.name}} {{record['round']}}\\n")
-loop.write = told
+        for record in self._records:
+            file.write(f"{{os.getpid()}} {{self.run_dir}} {{record['round']}}\\n")
+Running.write = told
 (here / str(os.getpid())).touch()
 while len(list(here.iterdir())) < 2:
     time.sleep(0.02)
@@ -123,14 +122,14 @@ while len(list(here.iterdir())) < 2:
 def test_two_processes_share_a_study_and_no_round_is_done_twice(world, study, undisturbed, tmp_path):
     here = tmp_path / "here"
     here.mkdir()
-    driver = SHARING.format(here=str(here))
-    both = [runs.start(world, "study", study, "--out", tmp_path / "out", driver=driver) for _ in range(2)]
+    driver, out = SHARING.format(here=str(here)), tmp_path / "out"
+    both = [runs.start(world, "study", study, "--out", out, "--together", 1, driver=driver) for _ in range(2)]
     for ended in map(runs.finish, both):
         assert ended.returncode == 0, ended.stderr
     done = [line.split() for line in (here / "log").read_text().splitlines()]
     assert {pid for pid, _, _ in done} == {str(process.pid) for process in both}
     assert set(Counter((file, t) for _, file, t in done).values()) == {1}
-    assert tables(tmp_path / "out") == tables(undisturbed)
+    assert tables(out) == tables(undisturbed)
 
 
 def cut(path):
@@ -212,7 +211,7 @@ def test_what_is_left_is_estimated_by_what_was_done(world, study, copied, capsys
     runs.call(world, "study", study, "--out", copied, "--plan")
     shown = [line.replace("│", " ").split() for line in capsys.readouterr().err.splitlines()]
     rows = {row[0]: row[1:] for row in shown if row and row[0] in ("g", "g.tuning")}
-    assert rows == {"g.tuning": ["2", "2", "0", "0.0"], "g": ["2", "1", "2", "1.0"]}
+    assert rows == {"g.tuning": ["2", "2", "0", "0", "0.0"], "g": ["2", "1", "1", "2", "1.0"]}
 
 
 @pytest.mark.parametrize(

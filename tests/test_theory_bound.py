@@ -11,8 +11,8 @@ import pytest
 from fslora_jax import lora
 from fslora_jax.config import make_config
 from fslora_jax.federation.cohort import Layout
-from fslora_jax.federation.local import ClientOptimizer
-from fslora_jax.federation.round import Cohort, Keys, make_round
+from fslora_jax.federation.local import ClientOptimizer, Rates
+from fslora_jax.federation.round import Cohort, Constants, Keys, make_round
 from fslora_jax.methods import Client, Server, Spec, fslora
 from fslora_jax.methods.parts import only
 from fslora_jax.theory.bound import Problem, bound, departures, sufficient_rate
@@ -66,7 +66,7 @@ def play(steps: int, ks, rate, start, seed):
     frozen = method._replace(at_step=lambda *given: only(method.at_step(*given), a=0.0))
     optimizer = ClientOptimizer(optax.identity(), lambda _: rate)
     one_round = make_round(score, frozen, optimizer, Layout((R,) * CLIENTS, 1), local_steps=steps)
-    keys = Keys(*jax.random.split(jax.random.key(seed), 4))
+    constants = Constants(Keys(*jax.random.split(jax.random.key(seed), 4)), Rates())
     clients = Client(jnp.arange(CLIENTS), ks, jnp.full(CLIENTS, 1 / CLIENTS))
     empty = jnp.zeros((CLIENTS, steps, 1, 1), int)
     tokens = jnp.broadcast_to(jnp.arange(CLIENTS)[:, None, None, None], empty.shape)
@@ -76,7 +76,7 @@ def play(steps: int, ks, rate, start, seed):
         noise = TAU * jax.random.normal(key, (CLIENTS, steps, I * O))
         batch = Batch(tokens, empty, empty, empty, noise, jnp.ones((CLIENTS, steps, 1)), empty[..., :0])
         cohort = jax.tree.map(lambda x: x[None, None], Cohort(clients, batch))
-        return one_round(jnp.float32(TARGETS), server, keys, cohort)[0], server.weights.adapter["m"].b[0]
+        return one_round(jnp.float32(TARGETS), server, constants, cohort)[0], server.weights.adapter["m"].b[0]
 
     pair = Pair(jnp.float32(A)[None], start[None])
     weights = Trainable({"m": pair}, {})

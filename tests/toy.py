@@ -18,7 +18,7 @@ from fslora_jax.data.tokens import TokenStore
 from fslora_jax.federation.cohort import Layout, plan_layout
 from fslora_jax.federation.feed import Population, Steps, make_cohort
 from fslora_jax.federation.local import ClientOptimizer, Passes, ScoreFn
-from fslora_jax.federation.round import Cohort, base_keys, make_round
+from fslora_jax.federation.round import Cohort, constants_of, make_round
 from fslora_jax.methods import Method, Server, Spec, fslora
 from fslora_jax.models.scores import score_labels
 from fslora_jax.sharding import client_groups, make_mesh, replicated
@@ -220,13 +220,13 @@ def play(
     in_passes = (steps.passes,) if steps.passes else ()
     one_round = compiled_round(method, optimizer, layout, dropout, mesh, *in_passes)
     first = start(method) if server is None else server
-    keys = base_keys(seed, mesh)
+    constants = constants_of(seed, mesh=mesh)
     base, server = jax.device_put((BASE, first), replicated(mesh))
     servers, losses, memories = [server], {}, {}
     for t, ids in enumerate(cohorts):
         cohort = make_cohort(population, steps, layout, ids, t, shape=SHAPE, chunks=chunks, mesh=mesh)
         cohort = remembering(method, first, memories, cohort)
-        server, played = one_round(base, server, keys, cohort)
+        server, played = one_round(base, server, constants, cohort)
         servers.append(server)
         losses |= by_client(t, cohort.clients.id, played.losses)
         for slot, client in np.ndenumerate(cohort.clients.id if played.memory else []):

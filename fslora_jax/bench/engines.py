@@ -26,8 +26,7 @@ from fslora_jax.federation.calls import cohort_of, compile_round
 from fslora_jax.federation.cohort import plan_layout
 from fslora_jax.federation.feed import make_cohort
 from fslora_jax.federation.local import train
-from fslora_jax.federation.round import base_keys
-from fslora_jax.federation.setup import Federation, initial_server
+from fslora_jax.federation.setup import Federation, initial_server, run_constants
 from fslora_jax.methods import Client, Combined, Method, Server
 from fslora_jax.types import Local
 
@@ -52,14 +51,14 @@ def compiled(config: Config, federation: Federation, *, tiered: bool, chunks: in
     """This package's round."""
     chunks = config.federation.cohort_chunks if chunks is None else chunks
     config, federation = with_layout(config, federation, tiered=tiered, chunks=chunks)
-    server, keys = initial_server(config, federation), base_keys(config.seed, federation.mesh)
+    server, constants = initial_server(config, federation), run_constants(config, federation.mesh)
     programs = []
 
     def one_round() -> Server:
         cohort = cohort_of(config, federation, 0)
         if not programs:
-            programs.append(compile_round(config, federation, server, keys, cohort)[0])
-        return jax.block_until_ready(programs[0](federation.task.base, server, keys, cohort)[0])
+            programs.append(compile_round(config, federation, server, constants, cohort)[0])
+        return jax.block_until_ready(programs[0](federation.task.base, server, constants, cohort)[0])
 
     return one_round
 
@@ -67,10 +66,10 @@ def compiled(config: Config, federation: Federation, *, tiered: bool, chunks: in
 def python_loop(config: Config, federation: Federation) -> Round:
     """A Python loop over clients: download, compiled local steps, upload; then one update."""
     method, population = federation.method, federation.task.population
-    server, keys = initial_server(config, federation), base_keys(config.seed, federation.mesh)
+    server, (keys, rates) = initial_server(config, federation), run_constants(config, federation.mesh)
     sketch_key = jax.random.fold_in(keys.sketch, 0)
     local_steps = partial(
-        train, federation.task.model.score, federation.optimizer, passes=federation.steps.passes
+        train, federation.task.model.score, federation.optimizer, passes=federation.steps.passes, rates=rates
     )
     steps = jax.jit(local_steps, compiler_options=compiler_options())
     download = jax.jit(method.download, static_argnums=3)
@@ -117,10 +116,10 @@ def drjax_map(config: Config, federation: Federation) -> Round:
         raise UserError("engine 'drjax': drjax is not installed; pip install 'fslora_jax[bench]'") from None
     config, federation = with_layout(config, federation, tiered=False, chunks=1)
     method, base = federation.method, federation.task.base
-    server, keys = initial_server(config, federation), base_keys(config.seed, federation.mesh)
+    server, (keys, rates) = initial_server(config, federation), run_constants(config, federation.mesh)
     cohort = jax.tree.map(lambda x: x[0, 0], cohort_of(config, federation, 0))
     sketch_key, network_key = (jax.random.fold_in(key, 0) for key in (keys.sketch, keys.network))
-    local_steps = partial(train, federation.task.model.score, federation.optimizer)
+    local_steps = partial(train, federation.task.model.score, federation.optimizer, rates=rates)
 
     @drjax.program(placements={"clients": len(federation.cohort(0))})
     def program(base, server, clients, batches):

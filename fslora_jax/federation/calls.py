@@ -9,7 +9,7 @@ import jax
 from fslora_jax.backend import compiler_options
 from fslora_jax.config import Config
 from fslora_jax.federation.feed import make_cohort, make_cohorts
-from fslora_jax.federation.round import Cohort, Keys, Played, make_round, several
+from fslora_jax.federation.round import Cohort, Constants, Played, make_round, several, together
 from fslora_jax.federation.setup import Federation
 from fslora_jax.methods import Server
 from fslora_jax.models import shifted
@@ -68,26 +68,38 @@ def by_round(rounds: range, cohort: Cohort, played: Played) -> Iterator[tuple[in
 class Programs:
     """The compiled calls, one for each number of rounds and shape of batches, and the seconds that they took.
 
-    There is one shape, unless a round's batches need more rows than were planned.
+    There is one shape, unless a round's batches need more rows than were planned. ``runs``: of so many in one program.
     """
 
-    def __init__(self, config: Config, federation: Federation):
-        self._config, self._federation = config, federation
+    def __init__(self, config: Config, federation: Federation, runs: int = 1):
+        self._config, self._federation, self._runs = config, federation, runs
         self._by_shape: dict[tuple[int, ...], Any] = {}
         self.seconds = 0.0
 
-    def of(self, server: Server, keys: Keys, cohort: Cohort) -> Any:
+    def of(self, server: Server, constants: Constants, cohort: Cohort) -> Any:
         """The program for a cohort's shape."""
         shape = (*cohort.batches.tokens.shape, *cohort.batches.places.shape)
         if shape not in self._by_shape:
-            program, seconds = compile_round(self._config, self._federation, server, keys, cohort)
+            program, seconds = compile_round(
+                self._config, self._federation, server, constants, cohort, self._runs
+            )
             self._by_shape[shape] = program
             self.seconds += seconds
         return self._by_shape[shape]
 
 
-def compile_round(config: Config, federation: Federation, server: Server, keys: Keys, cohort: Cohort):
-    """The executable of all rounds of this shape, or of all calls of so many, and the seconds that it took."""
+def compile_round(
+    config: Config,
+    federation: Federation,
+    server: Server,
+    constants: Constants,
+    cohort: Cohort,
+    runs: int = 1,
+):
+    """The executable of all rounds of this shape, or of all calls of so many, and the seconds that it took.
+
+    Of several ``runs`` all but the base has a leading axis.
+    """
     started = time.perf_counter()
     one_round = make_round(
         federation.task.model.score,
@@ -100,8 +112,10 @@ def compile_round(config: Config, federation: Federation, server: Server, keys: 
         mesh=federation.mesh,
         shift=shifted,
     )
-    if cohort.clients.id.ndim > 3:  # (rounds, groups, chunks, slots)
+    if cohort.clients.id.ndim - (runs > 1) > 3:  # (rounds, groups, chunks, slots)
         one_round = several(one_round)
+    if runs > 1:
+        one_round = together(one_round)
     program = jax.jit(one_round, compiler_options=compiler_options())
-    compiled = program.lower(federation.task.base, server, keys, cohort).compile()
+    compiled = program.lower(federation.task.base, server, constants, cohort).compile()
     return compiled, time.perf_counter() - started

@@ -14,8 +14,8 @@ from fslora_jax.federation.cohort import Layout
 from fslora_jax.federation.feed import local_examples
 from fslora_jax.federation.memories import Memories
 from fslora_jax.federation.method import is_tiered
-from fslora_jax.federation.round import Cohort, base_keys, local_training
-from fslora_jax.federation.setup import Federation, global_model
+from fslora_jax.federation.round import Cohort, local_training
+from fslora_jax.federation.setup import Federation, global_model, run_constants
 from fslora_jax.methods import Client, Server
 from fslora_jax.types import Local
 
@@ -47,10 +47,10 @@ def train_clients(
             raise UserError(f"client {client}: expected one of 0 to {len(population.ranks) - 1}")
     chosen = local_examples(population, steps, np.array(clients), int(server.round))
     shape = shape_for(population.store, chosen, steps.row_length, steps.packing)
-    base, keys = global_model(federation, server)[0], base_keys(config.seed)
+    base, constants = global_model(federation, server)[0], run_constants(config, None)
 
     @jax.jit(static_argnums=0, compiler_options=compiler_options())
-    def trained(layout: Layout, base, server, keys, cohort) -> Local:
+    def trained(layout: Layout, base, server, constants, cohort) -> Local:
         locally = local_training(
             federation.task.model.score,
             method,
@@ -59,7 +59,7 @@ def train_clients(
             local_steps=steps.local_steps,
             dropout=config.lora.lora_dropout > 0,
         )
-        held = jax.tree.map(lambda x: x[0], locally(base, server, keys, cohort)[1][0])
+        held = jax.tree.map(lambda x: x[0], locally(base, server, constants, cohort)[1][0])
         return held if method.forward is None else method.forward(server, held)
 
     for client, examples in zip(clients, chosen, strict=True):
@@ -69,4 +69,4 @@ def train_clients(
             who = who._replace(memory=memories.gather(id))
         batches = make_batch(population.store, population.labels, examples[None], shape, steps.packing)
         layout = Layout((k if is_tiered(config, method) else federation.spec.r,), 1)
-        yield client, trained(layout, base, server, keys, Cohort(who, batches))
+        yield client, trained(layout, base, server, constants, Cohort(who, batches))

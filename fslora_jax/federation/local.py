@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +37,23 @@ class Sums(NamedTuple):
 class ClientOptimizer(NamedTuple):
     """Direction and size of a local step.
 
-    ``learning_rate`` is a function of the global step ``round * H + h``; clients keep no optimiser state
-    between rounds, so it cannot live inside the transformation.
+    ``schedule`` gives the factor on the learning rates at a global step ``round * H + h``; clients keep no optimiser
+    state between rounds, so it cannot live inside the transformation.
     """
 
     direction: optax.GradientTransformation
-    learning_rate: optax.Schedule
+    schedule: optax.Schedule
+
+
+class Rates(NamedTuple):
+    """Learning rates at the schedule's peak, of the parts of `Trainable`."""
+
+    adapter: float | Float[Array, ""] = 1.0
+    head: float | Float[Array, ""] = 1.0
+
+
+UNIT = Rates()
+"""Where the schedule has the rates themselves."""
 
 
 def masked(updates: Trainable, trains: dict[str, Rows]) -> Trainable:
@@ -57,6 +68,15 @@ def masked(updates: Trainable, trains: dict[str, Rows]) -> Trainable:
     return Trainable(adapter, updates.head)
 
 
+def at_rates(rates: Rates, direction: Trainable) -> Trainable:
+    """A step against a direction, adapter and head each at their rate."""
+    adapter, head = (
+        jax.tree.map(lambda x, rate=rate: -rate * x, part)
+        for rate, part in zip(rates, direction, strict=True)
+    )
+    return Trainable(adapter, head)
+
+
 def train(
     score: ScoreFn,
     optimizer: ClientOptimizer,
@@ -66,6 +86,7 @@ def train(
     first_step: Int[Array, ""],
     dropout_keys: Key[Array, " C"] | None,
     *,
+    rates: Rates = UNIT,
     penalty: Callable[[Local], Float[Array, ""]] | None = None,
     at_step: Callable[[Int[Array, ""]], list[Local]] | None = None,
     passes: Passes | None = None,
@@ -88,14 +109,14 @@ def train(
     gradients = jax.grad(total, has_aux=True) if passes is None else adding_up(passes, total)
 
     def one_client(
-        rate: Array, weights: Trainable, state: PyTree, summed: Trainable, local: Local, count: Array
+        rates: Rates, weights: Trainable, state: PyTree, summed: Trainable, local: Local, count: Array
     ):
         active, grads = count > 0, jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), summed)
         if penalty is not None:
             pull = jax.grad(lambda w, of=penalty: of(local._replace(weights=w)))(weights)
             grads = jax.tree.map(jnp.add, grads, pull)
-        updates, moved = optimizer.direction.update(masked(grads, local.trains), state, weights)
-        updates = masked(jax.tree.map(lambda u: -rate * u, updates), local.trains)
+        found, moved = optimizer.direction.update(masked(grads, local.trains), state, weights)
+        updates = masked(at_rates(rates, cast(Trainable, found)), local.trains)
         new = jax.tree.map(jnp.add, weights, updates), moved
         return jax.tree.map(partial(jnp.where, active), new, (weights, state))
 
@@ -107,10 +128,11 @@ def train(
         )
         now = list(tiers) if at_step is None else at_step(h)
         grads, sums = gradients(weights, now, batch, keys)
-        rate = jnp.asarray(optimizer.learning_rate(first_step + h))
+        factor = jnp.asarray(optimizer.schedule(first_step + h))
+        of_step = Rates(*(factor * rate for rate in rates))
         by_tier = jnp.split(sums.count, ends[:-1])
         moved = [
-            jax.vmap(partial(one_client, rate))(*parts)
+            jax.vmap(partial(one_client, of_step))(*parts)
             for parts in zip(weights, states, grads, now, by_tier, strict=True)
         ]
         return ([w for w, _ in moved], [s for _, s in moved]), sums.loss / jnp.maximum(sums.count, 1.0)

@@ -18,8 +18,8 @@ from fslora_jax.federation.cohort import EMPTY, Layout, place, plan_layout
 from fslora_jax.federation.feed import make_cohort
 from fslora_jax.federation.memories import Memories, remembering
 from fslora_jax.federation.method import is_tiered
-from fslora_jax.federation.round import Cohort, Keys, announced, base_keys, local_training
-from fslora_jax.federation.setup import Federation, global_model
+from fslora_jax.federation.round import Cohort, Constants, announced, local_training
+from fslora_jax.federation.setup import Federation, global_model, run_constants
 from fslora_jax.methods import Server
 from fslora_jax.processes import fetch
 from fslora_jax.sharding import CLIENTS, client_groups, over_clients
@@ -53,7 +53,7 @@ def score_own(
     every = np.concatenate([*mine.values()])
     shape = shape_for(store, every, config.data.row_length or config.data.max_length, steps.packing)
     trained, scored = programs(config, federation, layout)
-    base, keys = global_model(federation, server)[0], base_keys(config.seed, federation.mesh)
+    base, constants = global_model(federation, server)[0], run_constants(config, federation.mesh)
     scores, slots = [], []
     for ids in chunks:
         cohort = make_cohort(
@@ -66,7 +66,7 @@ def score_own(
             chunks=1,
             mesh=federation.mesh,
         )
-        held = trained(base, server, keys, remembering(cohort, memories))
+        held = trained(base, server, constants, remembering(cohort, memories))
         lanes = place(ids, federation.task.population.ranks, layout)
         for rows in by_slot(mine, lanes):
             batch = make_batch(store, labels, rows, shape, steps.packing)
@@ -107,7 +107,7 @@ def by_slot(
 
 
 def programs(config: Config, federation: Federation, layout: Layout) -> tuple[Any, Any]:
-    """``(base, server, keys, cohort) -> tiers`` after local training, and ``(base, tiers, batch) -> Score``.
+    """``(base, server, constants, cohort) -> tiers`` after local training, and ``(base, tiers, batch) -> Score``.
 
     Leaves have a leading axis of groups of devices, each of which trains and scores its own clients.
     """
@@ -121,11 +121,11 @@ def programs(config: Config, federation: Federation, layout: Layout) -> tuple[An
         dropout=config.lora.lora_dropout > 0,
     )
 
-    def train(base: PyTree, server: Server, keys: Keys, cohort: Cohort) -> list[Local]:
+    def train(base: PyTree, server: Server, constants: Constants, cohort: Cohort) -> list[Local]:
         chunks = jax.tree.map(lambda x: x[0], cohort)
         own = server if mesh is None else jax.lax.pcast(server, CLIENTS, to="varying")
         own = own._replace(announced=announced(method, chunks.clients, mesh))
-        after = locally(base, own, keys, jax.tree.map(lambda x: x[0], chunks))[1]
+        after = locally(base, own, constants, jax.tree.map(lambda x: x[0], chunks))[1]
         if (forward := method.forward) is not None:
             after = [jax.vmap(partial(forward, own))(tier) for tier in after]
         return jax.tree.map(lambda x: x[None], after)

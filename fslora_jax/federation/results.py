@@ -65,7 +65,7 @@ def check_goes_on(run: Loaded, asked: str, instead: str) -> None:
       UserError: it has; ``asked`` says what for, ``instead`` what to do.
     """
     config, federation, server, _ = run
-    if not np.any(federation.optimizer.learning_rate(int(server.round) * federation.steps.local_steps)):
+    if not np.any(federation.optimizer.schedule(int(server.round) * federation.steps.local_steps)):
         raise UserError(
             f"{asked}: client_optimizer.schedule {config.client_optimizer.schedule} has come to a rate of 0 "
             f"after the last round, so no client would train; {instead}, or train with schedule: constant"

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Key, PyTree
 
 from fslora_jax.federation.cohort import Layout
-from fslora_jax.federation.local import ClientOptimizer, Passes, ScoreFn, train
+from fslora_jax.federation.local import UNIT, ClientOptimizer, Passes, Rates, ScoreFn, train
 from fslora_jax.methods import TOLD, Client, Combined, Method, Server, merge
 from fslora_jax.random import Purpose, device_key
 from fslora_jax.sharding import CLIENTS, replicated, whole
@@ -33,12 +33,20 @@ class Keys(NamedTuple):
     server: Key[Array, ""]
 
 
-def base_keys(seed: int, mesh: Mesh | None = None) -> Keys:
-    """The keys of a run, made in place: ``device_put`` refuses keys on a mesh of several processes."""
+class Constants(NamedTuple):
+    """What a run has of its own where runs share a program."""
 
-    def make() -> Keys:
+    keys: Keys
+    rates: Rates
+
+
+def constants_of(seed: int, rates: Rates = UNIT, mesh: Mesh | None = None) -> Constants:
+    """A run's, made in place: ``device_put`` refuses keys on a mesh of several processes."""
+
+    def make() -> Constants:
         purposes = (Purpose.SKETCH, Purpose.DROPOUT, Purpose.NETWORK, Purpose.SERVER)
-        return Keys(*(device_key(seed, purpose) for purpose in purposes))
+        keys = Keys(*(device_key(seed, purpose) for purpose in purposes))
+        return Constants(keys, jax.tree.map(jnp.float32, rates))
 
     return jax.jit(make, out_shardings=replicated(mesh))()
 
@@ -70,23 +78,26 @@ def make_round(
     passes: Passes | None = None,
     mesh: Mesh | None = None,
     shift: Shift | None = None,
-) -> Callable[[PyTree, Server, Keys, Cohort], tuple[Server, Played]]:
-    """The round ``(base, server, keys, cohort) -> (server, losses and memories)``; ``jax.jit`` makes it one program.
+) -> Callable[[PyTree, Server, Constants, Cohort], tuple[Server, Played]]:
+    """The round ``(base, server, constants, cohort) -> (server, what was played)``; ``jax.jit`` makes it one program.
 
-    Ranks, clients, seeds and data are arguments: one executable serves every round of a run. On a mesh every group of
-    devices along ``clients`` runs its own clients, and the groups meet in one sum; how the devices of one group share
-    the work is the compiler's affair, led by the shardings of the base and of the model's activations.
+    Ranks, clients, seeds, learning rates and data are arguments: one executable serves every round of a run, and runs
+    that differ in these alone. On a mesh every group of devices along ``clients`` runs its own clients, and the groups
+    meet in one sum; how the devices of one group share the work is the compiler's affair, led by the shardings of the
+    base and of the model's activations.
     """
     locally = local_training(
         score, method, optimizer, layout, local_steps=local_steps, dropout=dropout, passes=passes
     )
 
-    def of_clients(base: PyTree, server: Server, keys: Keys, cohort: Cohort) -> tuple[Combined, Played]:
-        given, after, losses = locally(base, server, keys, cohort)
+    def of_clients(
+        base: PyTree, server: Server, constants: Constants, cohort: Cohort
+    ) -> tuple[Combined, Played]:
+        given, after, losses = locally(base, server, constants, cohort)
         # Without it the TPU compiler trains twice, once for the adapters and once for the heads.
         after, losses = jax.lax.optimization_barrier((after, losses))
         clients = split(layout, cohort.clients)
-        network_keys = split(layout, client_keys(keys.network, server, cohort.clients.id))
+        network_keys = split(layout, client_keys(constants.keys.network, server, cohort.clients.id))
         upload = jax.vmap(method.upload, in_axes=(0, None, 0, 0, 0))
         tiers = zip(network_keys, given, after, clients, strict=True)
         sent = [upload(key, server, old, new, client) for key, old, new, client in tiers]
@@ -94,20 +105,22 @@ def make_round(
         combined = method.combine([payload for payload, _ in sent], [tier.weight for tier in clients])
         return combined, Played(losses, memory)
 
-    def of_group(base: PyTree, server: Server, keys: Keys, cohort: Cohort) -> tuple[Combined, Played]:
+    def of_group(
+        base: PyTree, server: Server, constants: Constants, cohort: Cohort
+    ) -> tuple[Combined, Played]:
         chunks = jax.tree.map(lambda x: x[0], cohort)
         one = jax.tree.map(lambda x: x[0], chunks)
         # A group's own copy: gradients at replicated weights would be summed over the groups.
         own = server if mesh is None else jax.lax.pcast(server, CLIENTS, to="varying")
         own = own._replace(announced=announced(method, chunks.clients, mesh))
         shifted = shift(base, own.base_delta) if shift and method.traits.moves_base else base
-        shapes = jax.eval_shape(of_clients, shifted, own, keys, one)[0]
+        shapes = jax.eval_shape(of_clients, shifted, own, constants, one)[0]
         nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         if mesh is not None:
             nothing = jax.lax.pcast(nothing, CLIENTS, to="varying")
 
         def chunk(total: Combined, cohort: Cohort) -> tuple[Combined, Played]:
-            combined, played = of_clients(shifted, own, keys, cohort)
+            combined, played = of_clients(shifted, own, constants, cohort)
             return merge(total, combined), played
 
         combined, played = jax.lax.scan(chunk, nothing, chunks)
@@ -116,9 +129,11 @@ def make_round(
             combined = summed._replace(peak=jax.lax.pmax(combined.peak, CLIENTS))
         return whole(combined), jax.tree.map(lambda x: x[None], played)
 
-    def one_round(base: PyTree, server: Server, keys: Keys, cohort: Cohort) -> tuple[Server, Played]:
-        combined, played = collect(base, server, keys, cohort)
-        new = whole(method.update(jax.random.fold_in(keys.server, server.round), server, combined))
+    def one_round(
+        base: PyTree, server: Server, constants: Constants, cohort: Cohort
+    ) -> tuple[Server, Played]:
+        combined, played = collect(base, server, constants, cohort)
+        new = whole(method.update(jax.random.fold_in(constants.keys.server, server.round), server, combined))
         return new, played._replace(told=new.memory.get(TOLD, {}))
 
     collect = of_group
@@ -133,13 +148,25 @@ def make_round(
     return one_round
 
 
-def several(one_round: Callable) -> Callable[[PyTree, Server, Keys, Cohort], tuple[Server, Played]]:
+def several(one_round: Callable) -> Callable[[PyTree, Server, Constants, Cohort], tuple[Server, Played]]:
     """Rounds one after another in one dispatch; cohorts, and what is played, have a leading axis of rounds."""
 
-    def rounds(base: PyTree, server: Server, keys: Keys, cohorts: Cohort) -> tuple[Server, Played]:
-        return jax.lax.scan(lambda server, cohort: one_round(base, server, keys, cohort), server, cohorts)
+    def rounds(base: PyTree, server: Server, constants: Constants, cohorts: Cohort) -> tuple[Server, Played]:
+        return jax.lax.scan(
+            lambda server, cohort: one_round(base, server, constants, cohort), server, cohorts
+        )
 
     return rounds
+
+
+def together(one_round: Callable) -> Callable[[PyTree, Server, Constants, Cohort], tuple[Server, Played]]:
+    """Runs side by side in one dispatch; all but the base has a leading axis of runs.
+
+    A CPU does one after another: wider products gain nothing there, and fresh memory costs time.
+    """
+    if jax.default_backend() == "cpu":
+        return lambda base, *of_runs: jax.lax.map(lambda own: one_round(base, *own), of_runs)
+    return jax.vmap(one_round, in_axes=(None, 0, 0, 0))
 
 
 def local_training(
@@ -151,15 +178,15 @@ def local_training(
     local_steps: int,
     dropout: bool = False,
     passes: Passes | None = None,
-) -> Callable[[PyTree, Server, Keys, Cohort], tuple[list[Local], list[Local], Float[Array, "C H"]]]:
+) -> Callable[[PyTree, Server, Constants, Cohort], tuple[list[Local], list[Local], Float[Array, "C H"]]]:
     """What the clients of one lane are given, what each holds after its local steps, and its losses, by tier.
 
-    ``(base, server, keys, cohort)``, the cohort's leaves ``(slots, ...)``.
+    ``(base, server, constants, cohort)``, the cohort's leaves ``(slots, ...)``.
     """
 
-    def locally(base: PyTree, server: Server, keys: Keys, cohort: Cohort):
+    def locally(base: PyTree, server: Server, constants: Constants, cohort: Cohort):
         clients = split(layout, cohort.clients)
-        sketch_keys = split(layout, client_keys(keys.sketch, server, cohort.clients.id))
+        sketch_keys = split(layout, client_keys(constants.keys.sketch, server, cohort.clients.id))
         given = [
             jax.vmap(lambda key, client, cap=cap: method.download(key, server, client, cap))(key, client)
             for (cap, _), key, client in zip(layout.tiers, sketch_keys, clients, strict=True)
@@ -171,7 +198,8 @@ def local_training(
             given,
             cohort.batches,
             server.round * local_steps,
-            client_keys(keys.dropout, server, cohort.clients.id) if dropout else None,
+            client_keys(constants.keys.dropout, server, cohort.clients.id) if dropout else None,
+            rates=constants.rates,
             penalty=method.penalty,
             at_step=changing(method, sketch_keys, clients, given),
             passes=passes,

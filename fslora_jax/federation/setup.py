@@ -33,8 +33,9 @@ from fslora_jax.federation.feed import (
 from fslora_jax.federation.local import ClientOptimizer, Passes
 from fslora_jax.federation.memories import Memories
 from fslora_jax.federation.method import is_tiered, make_method
-from fslora_jax.federation.optimizer import make_client_optimizer
+from fslora_jax.federation.optimizer import learning_rates, make_client_optimizer
 from fslora_jax.federation.resources import resources
+from fslora_jax.federation.round import Constants, constants_of
 from fslora_jax.federation.start import start_server, starting_point
 from fslora_jax.methods import Method, Server, Spec, whole
 from fslora_jax.models import Model, load_model, shifted
@@ -73,22 +74,17 @@ class Federation(NamedTuple):
     mesh: Mesh | None
 
 
-def load_task(config: Config, mesh: Mesh | None) -> Task:
-    """Finds, reads and tokenises what the config names, and divides it among the clients."""
+def load_task(config: Config, mesh: Mesh | None, beside: Task | None = None) -> Task:
+    """Finds, reads and tokenises what the config names, and divides it among the clients.
+
+    The base model of a task ``beside`` it is taken as it is.
+    """
     folder = hub.resolve_model(config.model.name)
     train, test = load_examples(config.data, config.seed, folder)
-    model, base = load_model(
-        folder,
-        task=model_task(config.data),
-        num_labels=outputs(config.data, train),
-        pooling=config.model.pooling,
-        dtype=config.model.dtype,
-        lora_dropout=config.lora.lora_dropout,
-        attention=config.model.attention,
-        remat=config.model.remat,
-        quantization=config.model.quantization,
-        placement=None if mesh is None else partial(base_sharding, mesh),
-    )
+    if beside is None:
+        model, base = load_base(config, folder, outputs(config.data, train), mesh)
+    else:
+        model, base = beside.model, beside.base
     store = tokenise(folder, model, train, config.data)
     lengths = store.lengths.astype(float)
     partition, _ = divide(config, train)
@@ -106,6 +102,22 @@ def load_task(config: Config, mesh: Mesh | None) -> Task:
     held = tokenise_held_out(folder, model, test, config.data)
     metrics, marks = TASKS[config.data.task].metrics, marks_of(config, train)
     return Task(model, base, train.label_names, metrics, population, held, marks)
+
+
+def load_base(config: Config, folder: Path, num_labels: int, mesh: Mesh | None) -> tuple[Model, PyTree]:
+    """The frozen model in its places."""
+    return load_model(
+        folder,
+        task=model_task(config.data),
+        num_labels=num_labels,
+        pooling=config.model.pooling,
+        dtype=config.model.dtype,
+        lora_dropout=config.lora.lora_dropout,
+        attention=config.model.attention,
+        remat=config.model.remat,
+        quantization=config.model.quantization,
+        placement=None if mesh is None else partial(base_sharding, mesh),
+    )
 
 
 def divide(config: Config, train: Examples) -> tuple[Partition, Partition]:
@@ -152,14 +164,14 @@ def marks_of(config: Config, train: Examples) -> tuple[np.ndarray, tuple[str, ..
     return np.zeros(len(train.labels), int), ("examples",)
 
 
-def set_up(config: Config) -> Federation:
-    """Everything before the first round.
+def set_up(config: Config, beside: Federation | None = None) -> Federation:
+    """Everything before the first round; with the base model of a federation ``beside`` it, if there is one.
 
     Raises:
       UserError: a model, file, target or client does not fit the config.
     """
     mesh = make_mesh(config.mesh.clients, config.mesh.fsdp, config.mesh.tensor, jax.devices())
-    return federation_of(config, load_task(config, mesh), mesh)
+    return federation_of(config, load_task(config, mesh, beside and beside.task), mesh)
 
 
 def federation_of(config: Config, task: Task, mesh: Mesh | None) -> Federation:
@@ -231,6 +243,11 @@ def initial_server(config: Config, federation: Federation) -> Server:
     if (from_gradient := federation.method.from_gradient) is not None:
         server = jax.jit(from_gradient)(server, kernel_gradient(federation, server))
     return jax.device_put(server, replicated(federation.mesh))
+
+
+def run_constants(config: Config, mesh: Mesh | None) -> Constants:
+    """What a run has of its own beside its server and its clients."""
+    return constants_of(config.seed, learning_rates(config.client_optimizer), mesh)
 
 
 def kernel_gradient(federation: Federation, server: Server) -> dict[str, Array]:

@@ -17,11 +17,12 @@ from fslora_jax.federation.cohort import Layout, plan_layout
 from fslora_jax.federation.method import is_tiered, make_method
 from fslora_jax.federation.optimizer import make_client_optimizer
 from fslora_jax.federation.resources import resources
-from fslora_jax.federation.round import Cohort, base_keys, make_round
+from fslora_jax.federation.round import Cohort, make_round
 from fslora_jax.federation.setup import (
     cohort_sampler,
     different_cohorts,
     passes_of,
+    run_constants,
 )
 from fslora_jax.methods import Client, Spec
 from fslora_jax.models import Model, shifted
@@ -142,7 +143,7 @@ def round_of(config: Config, model: Model, layout: Layout, mesh: Mesh | None) ->
 def abstract_arguments(
     config: Config, model: Model, shape: BatchShape, layout: Layout
 ) -> tuple[PyTree, PyTree, PyTree, PyTree]:
-    """Base, server, keys and cohort as shapes."""
+    """Base, server, constants and cohort as shapes."""
     f = config.federation
     method = make_method(config, model_spec(config.lora, model, f.share_sketch))
     slots = (layout.lanes // f.cohort_chunks, f.cohort_chunks, len(layout.caps))
@@ -159,7 +160,7 @@ def abstract_arguments(
     return (
         jax.eval_shape(model.init_base, key),
         jax.eval_shape(lambda key: method.init(key, model.init_head(key)), key),
-        jax.eval_shape(lambda: base_keys(config.seed)),
+        jax.eval_shape(lambda: run_constants(config, None)),
         jax.eval_shape(cohort),
     )
 
@@ -168,7 +169,7 @@ def placed(
     arguments: tuple[PyTree, PyTree, PyTree, PyTree], mesh: Mesh | None, devices: Sequence[Any]
 ) -> tuple[PyTree, PyTree, PyTree, PyTree]:
     """The shapes on their places, as a run has its arrays."""
-    base, server, keys, cohort = arguments
+    base, server, constants, cohort = arguments
 
     def at(x: Any, place: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
@@ -178,8 +179,13 @@ def placed(
 
     if mesh is None:
         alone = SingleDeviceSharding(devices[0])
-        base, server, keys, cohort = everywhere(arguments, alone)
-        return base, server, keys, cohort
+        base, server, constants, cohort = everywhere(arguments, alone)
+        return base, server, constants, cohort
     split = jax.tree.map(at, base, base_shardings(mesh, base))
     whole = replicated(mesh)
-    return split, everywhere(server, whole), everywhere(keys, whole), everywhere(cohort, over_clients(mesh))
+    return (
+        split,
+        everywhere(server, whole),
+        everywhere(constants, whole),
+        everywhere(cohort, over_clients(mesh)),
+    )

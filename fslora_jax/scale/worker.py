@@ -14,8 +14,7 @@ from fslora_jax.config import make_config
 from fslora_jax.data.batches import BatchShape
 from fslora_jax.errors import UserError
 from fslora_jax.federation.calls import cohort_of, compile_round
-from fslora_jax.federation.round import base_keys
-from fslora_jax.federation.setup import initial_server
+from fslora_jax.federation.setup import initial_server, run_constants
 from fslora_jax.models import Model
 from fslora_jax.plan import compiled as plan
 from fslora_jax.plan.command import abstract_model
@@ -58,8 +57,8 @@ def analysed(point: Point, model: Model) -> dict[str, Any]:
 def prepared(point: Point, model: Model) -> tuple[dict[str, Any], Any]:
     """What the compiler says of the round, and a function that does it: seconds in all, and of these to feed it."""
     config, federation = point.config, made_federation(point.config, model)
-    server, keys = initial_server(config, federation), base_keys(config.seed, federation.mesh)
-    program, seconds = compile_round(config, federation, server, keys, cohort_of(config, federation, 0))
+    server, constants = initial_server(config, federation), run_constants(config, federation.mesh)
+    program, seconds = compile_round(config, federation, server, constants, cohort_of(config, federation, 0))
     mesh, memory = federation.mesh, cast(Any, program.memory_analysis())
     sizes = {axis: 1 if mesh is None else int(mesh.shape[axis]) for axis in AXES}
     facts = {
@@ -74,7 +73,7 @@ def prepared(point: Point, model: Model) -> tuple[dict[str, Any], Any]:
         started = time.perf_counter()
         cohort = jax.block_until_ready(cohort_of(config, federation, 0))
         fed = time.perf_counter()
-        jax.block_until_ready(program(federation.task.base, server, keys, cohort))
+        jax.block_until_ready(program(federation.task.base, server, constants, cohort))
         return {"seconds": time.perf_counter() - started, "feed_seconds": fed - started}
 
     return facts, one_round

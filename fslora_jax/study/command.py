@@ -19,7 +19,7 @@ from fslora_jax.errors import UserError
 from fslora_jax.metrics import headline
 from fslora_jax.study.estimate import rates, rounds_left, seconds_left, start_seconds
 from fslora_jax.study.points import Point, Study, load_study, with_trials
-from fslora_jax.study.run import check_code, is_done, run_points
+from fslora_jax.study.run import check_code, count_programs, is_done, run_points
 from fslora_jax.study.table import (
     at_equal_bytes,
     axes_of,
@@ -50,6 +50,8 @@ class RunStudy:
     """Only these grids."""
     part: tuple[int, int] | None = None
     """I N: this process is the I-th of N, from 0, as of a SLURM array; by default it takes all points."""
+    together: int = 8
+    """At most so many points in one program, where they differ only in seed, learning rates and skew; 1: one by one."""
     plan: bool = False
     """Only show what would be run."""
     mixed: bool = False
@@ -64,11 +66,13 @@ def study_command(argv: Sequence[str]) -> None:
         raise UserError(f"--grids: unknown {sorted(unknown)}; expected some of {list(study.grids)}")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"{args.out}: is a file; expected a folder for --out")
+    if args.together < 1:
+        raise UserError(f"--together: found {args.together}, expected 1 or more")
     chosen = args.grids or list(study.grids)
     points = [point for point in everything if point.grid in chosen]
     mine = part_of(points, args.part)
     console = Console(stderr=True)
-    console.print(plan_table(args.out, points))
+    console.print(plan_table(args.out, points, args.together))
     if args.plan:
         return
     if not args.mixed:
@@ -85,6 +89,7 @@ def study_command(argv: Sequence[str]) -> None:
             mine,
             lambda text: console.print(text, markup=False),
             lambda: TerminalDisplay(console),
+            args.together,
         )
         with alone(args.out):  # the last of several processes sees what all have done
             show(args.out, covered, study)
@@ -143,11 +148,11 @@ def part_of(points: Sequence[Point], part: tuple[int, int] | None) -> list[Point
     return [point for point, name in zip(points, tied, strict=True) if name in mine]
 
 
-def plan_table(out: Path, points: Sequence[Point]) -> Table:
-    """What there is to do: runs and rounds of each grid, and how long by what is done."""
-    table = Table(
-        "grid", "points", "done", "rounds to do", "hours, by what is done", title="plan", title_justify="left"
-    )
+def plan_table(out: Path, points: Sequence[Point], together: int) -> Table:
+    """What there is to do: runs, programs and rounds of each grid, and how long by what is done."""
+    table = Table(title="plan", title_justify="left")
+    for name in ("grid", "points", "done", "programs to do", "rounds to do", "hours, by what is done"):
+        table.add_column(name)
     everything = with_trials(points)
     rated, start = rates(out, everything), start_seconds(out, everything)
     rows = {
@@ -160,6 +165,7 @@ def plan_table(out: Path, points: Sequence[Point]) -> Table:
             grid,
             str(len(mine)),
             str(len(mine) - len(left)),
+            str(count_programs(left, together)),
             str(sum(rounds_left(out, point) for point in left)),
             "?" if seconds is None else f"{seconds / 3600:.1f}",
         )

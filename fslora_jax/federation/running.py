@@ -1,0 +1,122 @@
+"""One run while it trains: its server, what it logs and saves, and what its clients remember."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from fslora_jax.checkpoint import Checkpoints
+from fslora_jax.config import Config
+from fslora_jax.errors import Diverged
+from fslora_jax.evaluate import measure
+from fslora_jax.federation.calls import by_round
+from fslora_jax.federation.memories import remembering
+from fslora_jax.federation.meter import Meter
+from fslora_jax.federation.privacy import privacy_record
+from fslora_jax.federation.round import Cohort, Played
+from fslora_jax.federation.setup import (
+    Federation,
+    global_model,
+    initial_server,
+    open_memories,
+    run_constants,
+)
+from fslora_jax.log import JsonLines, Logger, open_loggers, read_records
+from fslora_jax.methods import Server
+from fslora_jax.processes import leads
+from fslora_jax.rundir import MEMORIES, METRICS
+from fslora_jax.sharding import replicated
+from fslora_jax.types import Batch, Score
+
+Evaluation = Callable[[PyTree, PyTree, Batch], Score]
+
+
+class Running:
+    """A run from its last checkpoint on; ``done`` rounds are behind its ``server``.
+
+    ``failure`` is why its training has ended early: it left the finite numbers, and is told of no more. ``told`` is
+    its newest record.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        federation: Federation,
+        run_dir: Path,
+        evaluation: Evaluation,
+        load_seconds: float,
+        tell: Callable[[str], None],
+    ):
+        self.config, self.federation, self.run_dir = config, federation, run_dir
+        self.load_seconds = load_seconds
+        self.constants = run_constants(config, federation.mesh)
+        self.failure: Diverged | None = None
+        self.told: dict[str, Any] = {}
+        self._records: list[dict[str, Any]] = [{"round": 0}]
+        first = initial_server(config, federation)
+        self._memories = open_memories(config, federation, first, run_dir / MEMORIES)
+        self._checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
+        self.done, self.server = self._checkpoints.resume(first, self._memories, tell)
+        kept = self.done or -1  # without a checkpoint the evaluation of the start is done again, too
+        self._loggers = open_loggers(config.loggers, run_dir, kept) if leads() else []
+        self._clocks: list[Logger] = [JsonLines(run_dir / "timings.jsonl", kept)] if leads() else []
+        self._meter = Meter(federation, last_record(run_dir, self.done))
+        self._private = privacy_record(config, federation.method)
+        self._evaluation = evaluation
+        self._test = jax.device_put(federation.task.test.batches, replicated(federation.mesh))
+
+    def remembering(self, cohort: Cohort) -> Cohort:
+        """A cohort whose clients know what they remember; only after the round before."""
+        return remembering(cohort, self._memories)
+
+    def take(self, rounds: range, cohort: Cohort, server: Server, played: Played) -> None:
+        """Takes over what some rounds left."""
+        self.done, self.server = rounds.stop, server
+        try:
+            parts = by_round(rounds, cohort, played)
+            self._records = [{"round": t + 1, **self._meter.measure(t, *part)} for t, part in parts]
+        except Diverged as error:
+            self.failure = error
+            return
+        if self._memories is not None:
+            self._memories.scatter(jax.device_get(cohort.clients.id), played.memory)
+
+    def evaluate(self) -> None:
+        """Adds to the newest record what the global adapter is worth on the held-out examples."""
+        task = self.federation.task
+        score = self._evaluation(*global_model(self.federation, self.server), self._test)
+        found = measure(score, task.test, task.metrics)
+        if not math.isfinite(found["loss"]):
+            self.failure = Diverged(
+                f"round {self.done}: loss {found['loss']} on the held-out examples; lower "
+                "client_optimizer.learning_rate, or look at the model's weights; the last checkpoint is kept"
+            )
+        self._records[-1] |= {f"eval/{name}": value for name, value in found.items()}
+        self._records[-1] |= self._private(self.done) if self.done else {}
+
+    def write(self, speed: dict[str, float] | None = None) -> None:
+        """Writes the newest records, of rounds with what the clock says of each."""
+        for record in self._records:
+            for logger in self._loggers:
+                logger.write(record)
+            for clock in self._clocks if speed else []:
+                clock.write({"round": record["round"], **(speed or {})})
+            self.told = record | (speed or {})
+
+    def save(self) -> None:
+        """A checkpoint."""
+        self._checkpoints.save(self.done, self.server, self._memories)
+
+    def close(self) -> None:
+        """Releases files and folder."""
+        for opened in (*self._loggers, *self._clocks, self._checkpoints):
+            opened.close()
+
+
+def last_record(run_dir: Path, done: int) -> dict[str, Any]:
+    """What was recorded of the last round that counts."""
+    records = read_records(run_dir / METRICS) if done else []
+    return next((record for record in records if record["round"] == done), {})

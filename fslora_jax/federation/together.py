@@ -1,0 +1,88 @@
+"""Runs that share one program: which ones may, and how their federations are made alike."""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from itertools import repeat
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from fslora_jax.config import Config
+from fslora_jax.data.batches import BatchShape
+from fslora_jax.federation.calls import cohorts_of
+from fslora_jax.federation.feed import plan_shape, planned_rounds, shape_of
+from fslora_jax.federation.round import Cohort
+from fslora_jax.federation.setup import Federation
+from fslora_jax.rundir import flat
+
+T = TypeVar("T")
+FREE = (
+    "seed",
+    "client_optimizer.learning_rate",
+    "client_optimizer.head_learning_rate",
+    "partition.dirichlet_alpha",
+)
+"""Settings that are no part of a program, or only by the shape of its batches."""
+
+
+def program_of(config: Config) -> str | None:
+    """What all configs have in common whose runs can share one program; None of a run that has to be alone.
+
+    Dropout draws masks in the shape of the rows, and the head that is frozen is part of the base: such runs would
+    find something else beside others than alone.
+    """
+    if config.lora.lora_dropout or config.lora.modules_to_save is not None:
+        return None
+    values = flat(config.model_dump(mode="json"))
+    return json.dumps({name: value for name, value in values.items() if name not in FREE}, sort_keys=True)
+
+
+def alike(configs: Sequence[Config], federations: Sequence[Federation]) -> list[Federation]:
+    """The same federations with slots, rows and batches of one shape, the smallest that holds all of them."""
+    if len(federations) == 1:
+        return list(federations)
+    caps = tuple(map(max, zip(*(f.layout.caps for f in federations), strict=True)))
+    row_length = max(f.steps.row_length for f in federations)
+    aligned = [
+        f._replace(layout=f.layout._replace(caps=caps), steps=f.steps._replace(row_length=row_length))
+        for f in federations
+    ]
+    config = configs[0]
+    rounds = planned_rounds(aligned[0].steps, config.federation.num_rounds, config.clients_per_round)
+    shapes = [plan_shape(f.task.population, f.steps, f.cohort, rounds) for f in aligned]
+    shape = BatchShape(*map(max, zip(*shapes, strict=True)))
+    return [f._replace(shape=shape) for f in aligned]
+
+
+def cohorts_together(
+    configs: Sequence[Config], federations: Sequence[Federation], rounds: range
+) -> list[Cohort]:
+    """Each run's arrays of some rounds, in one shape even where one of them needs more rows than were planned."""
+    made = list(map(cohorts_of, configs, federations, repeat(rounds)))
+    shapes = list(map(shape_of, made))
+    if len(set(shapes)) == 1:
+        return made
+    grown = [f._replace(shape=max(shapes)) for f in federations]  # of one series, so the largest holds all
+    return list(map(cohorts_of, configs, grown, repeat(rounds)))
+
+
+def joined(parts: Sequence[T]) -> T:
+    """Values of several runs on a leading axis; those of one as they are."""
+    return parts[0] if len(parts) == 1 else _join(parts)
+
+
+def parted(values: T, runs: int) -> list[T]:
+    """The inverse of `joined`."""
+    return [values] if runs == 1 else _part(values, runs)
+
+
+@jax.jit
+def _join(parts: Sequence[T]) -> T:
+    return jax.tree.map(lambda *of_run: jnp.stack(of_run), *parts)
+
+
+@partial(jax.jit, static_argnums=1)
+def _part(values: T, runs: int) -> list[T]:
+    return [jax.tree.map(lambda x, i=i: x[i], values) for i in range(runs)]
