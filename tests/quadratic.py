@@ -63,9 +63,9 @@ def variance(pair: Pair, k: int, target) -> float:
     return float(slopes(pair, k, target).var(0).sum())
 
 
-def truths(pair: Pair = AT) -> dict[str, float]:
+def truths(pair: Pair = AT, ks=KS, targets=TARGETS) -> dict[str, float]:
     """Every quantity of ``moments``, by enumeration and closed forms."""
-    clients = [(k, target) for k, target in zip(KS.tolist(), TARGETS, strict=True)]
+    clients = [(k, target) for k, target in zip(ks.tolist(), targets, strict=True)]
     constant = TAU**2 * N * I * O / 2
     squares = float(O * jnp.square(pair.a).sum() + I * jnp.square(pair.b).sum())
     means = np.array([slopes(pair, *client).mean(0) for client in clients])

@@ -12,7 +12,14 @@ from scipy import stats
 
 from fslora_jax.theory.estimate import mean, u_statistic
 from fslora_jax.theory.growth import expected_growth, update_spread
-from fslora_jax.theory.moments import client_sums, moments, products
+from fslora_jax.theory.moments import (
+    client_sums,
+    for_population,
+    moments,
+    own_part,
+    products,
+    sampling_variances,
+)
 from fslora_jax.theory.smoothness import along, hessian_product, largest_eigenvalue
 from fslora_jax.types import Pair
 
@@ -20,8 +27,8 @@ REPETITIONS, DRAWS, BATCHES = 400, 32, 2
 CLIENTS = jnp.arange(len(q.KS))
 
 
-def sums_of(client, key):
-    k, target = jnp.array(q.KS)[client], q.TARGETS[client]
+def sums_of(client, key, ks=q.KS, targets=q.TARGETS, draws=DRAWS):
+    k, target = jnp.array(ks)[client], targets[client]
 
     def gradients(key, batches):
         each = jax.value_and_grad(lambda pair, z: q.loss(pair, q.diagonals(key, k), target + q.noise(z)))
@@ -31,7 +38,7 @@ def sums_of(client, key):
         return jax.vmap(lambda z: q.loss(q.AT, jnp.ones((q.N, q.R)), target + q.noise(z)))(batches)
 
     sketches, batches = jax.random.split(jax.random.fold_in(key, client))
-    keys = jax.random.split(sketches, DRAWS), jax.random.split(batches, (DRAWS, BATCHES))
+    keys = jax.random.split(sketches, draws), jax.random.split(batches, (draws, BATCHES))
     return client_sums(gradients, losses, *keys)
 
 
@@ -73,6 +80,43 @@ def test_a_sample_of_clients_speaks_for_all():
     found = jax.jit(jax.vmap(jax.vmap(measured, (None, 0)), (0, None)))(keys, pairs)
     for name, truth in q.truths().items():
         assert abs(bias(np.asarray(found[name].value).mean(1), truth)) < 3.5
+
+
+MANY, FEW, TIMES = 24, 10, 6
+MANY_KS = np.resize(q.KS, MANY)
+MANY_TARGETS = jnp.float32(np.random.default_rng(4).normal(size=(MANY, q.N, q.I, q.O)))
+
+
+@pytest.fixture(scope="module")
+def sampled():
+    """Estimates from ten of 24 clients, drawn anew each time, with few draws: for these alone, and for all."""
+
+    def one(key):
+        chosen = jax.random.permutation(key, MANY)[:FEW]
+        each = jax.vmap(lambda c: sums_of(c, key, MANY_KS, MANY_TARGETS, TIMES))(chosen)
+        sums = jax.tree.map(lambda x: x.sum(0), each)
+        parts = jax.vmap(partial(own_part, batches=BATCHES))(each)
+        return moments(sums, BATCHES, FEW, MANY), sampling_variances(parts, MANY)
+
+    keys = jax.random.split(jax.random.key(5), REPETITIONS)
+    found, variances = jax.tree.map(np.asarray, jax.jit(jax.vmap(one))(keys))
+    return found, for_population(found, variances, TIMES, FEW, MANY)
+
+
+@pytest.mark.parametrize("name", q.truths())
+def test_intervals_from_a_sample_of_clients_cover_what_holds_for_all(sampled, name):
+    truth = q.truths(ks=MANY_KS, targets=MANY_TARGETS)[name]
+    low, high = stats.binom.interval(0.999, REPETITIONS, 0.95)
+    alone, wide = (((x.low <= truth) & (truth <= x.high)).sum() for x in (found[name] for found in sampled))
+    assert abs(bias(sampled[0][name].value, truth)) < 3.5
+    assert alone < low <= wide <= high
+
+
+def test_intervals_for_all_clients_are_those_of_the_draws_where_all_were_drawn(sampled):
+    found, _ = sampled
+    same = for_population(found, dict.fromkeys(found, np.float64(1e9)), TIMES, MANY, MANY)
+    for name, x in found.items():
+        np.testing.assert_allclose(same[name], x, rtol=1e-5, err_msg=name)
 
 
 def test_the_sketch_adds_half_its_variance_to_the_objective():

@@ -12,6 +12,7 @@ import runs
 from fslora_jax.federation.setup import initial_server
 from fslora_jax.sketch import scatter_sum
 from fslora_jax.theory.measure import Sizes, draw_sample, objective, open_run, scale_head
+from fslora_jax.theory.report import show
 
 NAMES = {"f", "f_S", "f_S - f", "grad_f_S^2", "sigma_s^2", "sigma_g^2", "sigma_h^2"}
 CURVED = {f"{kind} {name}" for kind in ("eigenvalue", "curvature") for name in ("f", "f_S")}
@@ -76,6 +77,13 @@ def test_every_quantity_is_there_at_every_round(measured):
     assert found["f", 4]["value"] < found["f", 0]["value"]
 
 
+def test_that_clients_are_a_sample_is_said(measured, capsys):
+    show(measured)
+    assert "from 3 of 5 clients; intervals are for all, of curvatures and below" in capsys.readouterr().out
+    show(measured | {"clients": [0, 1, 2, 3, 4]})
+    assert "intervals are for" not in capsys.readouterr().out
+
+
 def test_the_bound_is_made_of_what_was_measured(measured):
     b, found = measured["bound"], measured["estimates"]
     largest = {n: max(abs(x["value"]) for x in found if x["name"] == n) for n in NAMES | CURVED}
@@ -104,6 +112,7 @@ def test_growth_starts_from_one_step_and_figures_are_drawn(measured, folder):
     [
         (("--draws", 4), "draws: found 4, expected at least 5"),
         (("--batches", 1), "batches: found 1, expected at least 2"),
+        (("--clients", 2), "clients: found 2 of 5, expected at least 3"),
         (("--rounds", 3), "no checkpoint of round 3; there are [0, 2, 4]"),
     ],
 )

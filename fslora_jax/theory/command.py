@@ -23,6 +23,7 @@ from fslora_jax.theory.measure import (
     measure_smoothness,
     open_run,
 )
+from fslora_jax.theory.moments import FEWEST_CLIENTS
 from fslora_jax.theory.report import compared, draw, growth_records, problem, records, show
 
 RESULT = "theory.json"
@@ -36,6 +37,8 @@ class Theory:
 
     Variances by sketch, minibatch and client, smoothness, f_S against f and the gradient of f_S, without bias and with
     95 % intervals, beside the bound; and the growth of a local update's variance with a fixed and a redrawn sketch.
+    Variances, losses and gradients are those of all clients, as are their intervals; curvature and growth those of
+    the clients drawn.
     Writes theory.json and two figures into the run folder.
     """
 
@@ -68,6 +71,12 @@ def theory_command(argv: Sequence[str]) -> None:
     if args.rate is not None and args.rate <= 0:
         raise UserError(f"rate: found {args.rate:g}, expected more than 0")
     run = open_run(args.run, args.rounds)
+    population = len(run.federation.task.population.ranks)
+    if args.clients < min(FEWEST_CLIENTS, population):
+        raise UserError(
+            f"clients: found {args.clients} of {population}, expected at least {FEWEST_CLIENTS}, which tell how far "
+            "clients are apart"
+        )
     sample = draw_sample(run, sizes)
     count = len(sample.keys)
     rate = args.rate or run.config.client_optimizer.learning_rate
@@ -80,6 +89,7 @@ def theory_command(argv: Sequence[str]) -> None:
     p = problem(run.config, run.federation.task.population.ranks, values)
     found = {
         "clients": [int(i) for i in sample.clients.id],
+        "population": population,
         "draws": sizes.draws,
         "batches": sizes.batches,
         "growth_rate": rate,

@@ -24,7 +24,7 @@ from fslora_jax.random import Purpose, device_key, host_rng
 from fslora_jax.rundir import load_run_config
 from fslora_jax.theory.estimate import Estimate, mean, u_statistic
 from fslora_jax.theory.growth import update_spread
-from fslora_jax.theory.moments import client_sums, moments
+from fslora_jax.theory.moments import client_sums, for_population, moments, own_part, sampling_variances
 from fslora_jax.theory.smoothness import along, hessian_product, largest_eigenvalue
 from fslora_jax.types import Batch, Trainable
 
@@ -131,9 +131,9 @@ def draw_sample(run: Run, sizes: Sizes) -> Sample:
 
 
 def measure_moments(run: Run, sample: Sample, told: Callable[[str], None]) -> dict[tuple[str, int], Estimate]:
-    """``moments.moments`` at every point, client by client."""
+    """``moments.moments`` at every point, client by client, with intervals that hold for all clients."""
     base, population = run.federation.task.base, len(run.federation.task.population.ranks)
-    count, _, batches = sample.batches.labels.shape[:3]
+    count, draws, batches = sample.batches.labels.shape[:3]
 
     def of_client(base: PyTree, weights: Trainable, one: Sample):
         def gradients(key: Key[Array, ""], batches: Batch):
@@ -149,14 +149,20 @@ def measure_moments(run: Run, sample: Sample, told: Callable[[str], None]) -> di
     program = jax.jit(of_client, compiler_options=compiler_options())
     finish = jax.jit(partial(moments, batches=batches, clients=count, population=population))
     add = jax.jit(partial(jax.tree.map, jnp.add), donate_argnums=0)
+    part, among = jax.jit(partial(own_part, batches=batches)), jax.jit(sampling_variances, static_argnums=1)
     found = {}
     for t, weights in run.points.items():
-        sums = None
+        sums, parts = None, []
         for i in range(count):
             told(f"round {t}: gradients of client {i + 1} of {count}")
             own = program(base, weights, jax.tree.map(lambda x, i=i: x[i], sample))
+            parts += [part(own)] if count < population else []
             sums = jax.block_until_ready(own if sums is None else add(sums, own))
-        found |= {(name, t): value for name, value in finish(sums).items()}
+        values = finish(sums)
+        if parts:
+            variances = among(jax.tree.map(lambda *x: jnp.stack(x), *parts), population)
+            values = for_population(values, variances, draws, count, population)
+        found |= {(name, t): value for name, value in values.items()}
     return found
 
 
@@ -167,7 +173,7 @@ def measure_smoothness(
 
     ``eigenvalue``: of the sample's own Hessian, on one minibatch of each client (and one sketch). Largest eigenvalues
     of a sample are too large on average, so it has no interval. ``curvature``: along its vector, on other minibatches
-    and sketches; unbiased for that direction, whose curvature is at most the largest.
+    and sketches; unbiased for that direction, whose curvature is at most the largest. Both are of the sample's clients.
     """
     base = run.federation.task.base
 

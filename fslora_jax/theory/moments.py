@@ -4,20 +4,28 @@ One replicate ``b`` is a sketch for every client, drawn independently, with Q mi
 gradient of client i over them. All quantities are means over pairs of replicates, so they are U-statistics.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
+from scipy import stats
 
-from fslora_jax.theory.estimate import Estimate, mean, u_statistic
+from fslora_jax.theory.estimate import LEVEL, Estimate, mean, u_statistic
 
 Gradients = Callable[[Key[Array, ""], PyTree], tuple[Float[Array, " Q"], PyTree]]
 """``(key of a sketch, Q minibatches) -> `` their losses and gradients under this sketch, leaves ``(Q, ...)``."""
 
 Losses = Callable[[PyTree], Float[Array, " Q"]]
 """The losses of Q minibatches with ``S = I``."""
+
+
+EXACT = jax.lax.Precision.HIGHEST
+
+FEWEST_CLIENTS = 3
+"""Of a larger population: with fewer, the variance of a variance between clients is not known."""
 
 
 class Sums(NamedTuple):
@@ -36,8 +44,7 @@ class Sums(NamedTuple):
 def products(x: PyTree) -> Float[Array, "R R"]:
     """Inner products of the replicates of a gradient, leaves ``(R, ...)``."""
     flat = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(x)]
-    exact = jax.lax.Precision.HIGHEST
-    return jax.tree.reduce(jnp.add, [jnp.einsum("ax,bx->ab", f, f, precision=exact) for f in flat])
+    return jax.tree.reduce(jnp.add, [jnp.einsum("ax,bx->ab", f, f, precision=EXACT) for f in flat])
 
 
 def client_sums(gradients: Gradients, losses: Losses, keys: Key[Array, " R"], batches: PyTree) -> Sums:
@@ -62,7 +69,8 @@ def moments(sums: Sums, batches: int, clients: int, population: int) -> dict[str
     - ``sigma_s^2``, ``sigma_g^2``: variance of a client's gradient by the sketch and by the minibatch, mean of the
       clients; ``sigma_h^2``: mean of ``|grad f_S,i - grad f_S|^2``.
 
-    Estimates are unbiased for the population; the intervals are those of draws and minibatches, not of clients.
+    Estimates are unbiased for the population; the intervals are those of draws and minibatches for these clients alone,
+    see `for_population`.
     """
     own = sums.gram / clients
     average = products(jax.tree.map(lambda x: x / clients, sums.total))
@@ -79,3 +87,82 @@ def moments(sums: Sums, batches: int, clients: int, population: int) -> dict[str
         "sigma_g^2": mean(within),
         "sigma_h^2": u_statistic((1 - 1 / population) * spread),
     }
+
+
+class Own(NamedTuple):
+    """One client alone, or several on a leading axis C: means over replicates of gradient and losses.
+
+    ``square`` of the gradient's expectation and the variances ``sketch`` and ``within`` are without bias.
+    """
+
+    slope: PyTree
+    square: Float[Array, "*C"]
+    sketch: Float[Array, "*C"]
+    within: Float[Array, "*C"]
+    sketched: Float[Array, "*C"]
+    plain: Float[Array, "*C"]
+
+
+def own_part(sums: Sums, batches: int) -> Own:
+    """One client's part, from its sums alone."""
+    R = sums.within.shape[0]
+    size, within = jnp.trace(sums.gram) / R, sums.within.mean()
+    square = (sums.gram.sum() - R * size) / (R * (R - 1))
+    slope = jax.tree.map(lambda x: x.mean(0), sums.total)
+    return Own(
+        slope, square, size - square - within / batches, within, sums.sketched.mean(), sums.plain.mean()
+    )
+
+
+def sampling_variances(each: Own, population: int) -> dict[str, Float[Array, ""]]:
+    """The variance of every estimate of `moments` over samples of C >= 3 clients with replacement, and over draws.
+
+    By the jackknife (Efron & Stein 1981): from the estimates with one client left out. Gradients of different clients
+    are independent, so that all their replicates may be multiplied.
+    """
+    clients = each.square.shape[0]
+    count = clients - 1
+    gram = jnp.fill_diagonal(products(each.slope), each.square, inplace=False)
+
+    def without(weight: Float[Array, " C"]) -> dict[str, Float[Array, ""]]:
+        def mean_of(x: Float[Array, " C"]) -> Float[Array, ""]:
+            return (weight * x).sum() / count
+
+        average = jnp.einsum("i,ij,j->", weight, gram, weight, precision=EXACT) / count**2
+        spread = (mean_of(each.square) - average) * count / (count - 1)
+        return {
+            "f": mean_of(each.plain),
+            "f_S": mean_of(each.sketched),
+            "f_S - f": mean_of(each.sketched - each.plain),
+            "grad_f_S^2": average - (1 / count - 1 / population) * spread,
+            "sigma_s^2": mean_of(each.sketch),
+            "sigma_g^2": mean_of(each.within),
+            "sigma_h^2": (1 - 1 / population) * spread,
+        }
+
+    found = jax.vmap(without)(1 - jnp.eye(clients))
+    return {name: (clients - 1) * jnp.var(x) for name, x in found.items()}
+
+
+def for_population(
+    found: Mapping[str, Estimate],
+    variances: Mapping[str, Any],
+    replicates: int,
+    clients: int,
+    population: int,
+) -> dict[str, Estimate]:
+    """The estimates with intervals for a population of clients, of which some were drawn without replacement.
+
+    With the part ``p`` of them drawn, a variance is ``(1 - p)`` that of `sampling_variances` and ``p`` that of the
+    draws (two-stage sampling; Cochran 1977, chapter 11); Satterthwaite's degrees of freedom.
+    """
+    part, inside = clients / population, stats.t.ppf(0.5 + LEVEL / 2, replicates - 1)
+    wide = {}
+    for name, (value, _, high) in found.items():
+        within = part * np.square(np.subtract(high, value, dtype=float) / inside)
+        among = (1 - part) * np.asarray(variances[name], float)
+        share = among / np.maximum(among + within, np.finfo(float).tiny)
+        freedom = 1 / (share**2 / (clients - 1) + (1 - share) ** 2 / (replicates - 1))
+        half = stats.t.ppf(0.5 + LEVEL / 2, freedom) * np.sqrt(among + within)
+        wide[name] = Estimate(value, value - half, value + half)
+    return wide

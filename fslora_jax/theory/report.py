@@ -116,6 +116,13 @@ def show(found: Mapping[str, Any]) -> None:
         table.add_row(name, *(_cell(x) for x in found["estimates"] if x["name"] == name))
     console.print(table)
 
+    drawn, everybody = len(found["clients"]), found["population"]
+    if drawn < everybody:
+        console.print(
+            f"from {drawn} of {everybody} clients; intervals are for all, of curvatures and below for those drawn",
+            soft_wrap=True,
+        )
+
     table = Table(title="variance of a local update by the sketch, in that of one step", title_justify="left")
     for name in ("local steps", "fixed", "H^2", "redrawn", "H"):
         table.add_column(name, justify="right")
