@@ -203,15 +203,15 @@ def test_a_disk_that_is_full_in_a_run(world, study, undisturbed, copied, capsys,
 
 
 def test_what_is_left_is_estimated_by_what_was_done(world, study, copied, capsys):
-    """Two rounds are still to be done, at half an hour each."""
+    """Two rounds are still to be done, at nearly half an hour each."""
     for run in copied.glob("g*/*"):
-        lines = [f'{{"round": {t}, "seconds": 1800.0}}\n' for t in (1, 2)]
+        lines = [f'{{"round": {t}, "seconds": 1785.0}}\n' for t in (1, 2)]
         (run / "timings.jsonl").write_text("".join(lines[: len(runs.records(run, "timings.jsonl"))]))
     shutil.rmtree(copied / "g/1")
     runs.call(world, "study", study, "--out", copied, "--plan")
     shown = [line.replace("│", " ").split() for line in capsys.readouterr().err.splitlines()]
     rows = {row[0]: row[1:] for row in shown if row and row[0] in ("g", "g.tuning")}
-    assert rows == {"g.tuning": ["2", "2", "0", "0", "0.0"], "g": ["2", "1", "1", "2", "1.0"]}
+    assert rows == {"g.tuning": ["2", "2", "0", "0", "0", "min"], "g": ["2", "1", "1", "2", "60", "min"]}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from fslora_jax.arguments import parse
 from fslora_jax.display import TerminalDisplay
 from fslora_jax.errors import UserError
 from fslora_jax.metrics import headline
-from fslora_jax.study.estimate import rates, rounds_left, seconds_left, start_seconds
+from fslora_jax.study.estimate import rates, rounds_left, seconds_left, start_seconds, told_time
 from fslora_jax.study.points import Point, Study, load_study, with_trials
 from fslora_jax.study.run import check_code, count_programs, is_done, run_points
 from fslora_jax.study.table import (
@@ -151,7 +151,7 @@ def part_of(points: Sequence[Point], part: tuple[int, int] | None) -> list[Point
 def plan_table(out: Path, points: Sequence[Point], together: int) -> Table:
     """What there is to do: runs, programs and rounds of each grid, and how long by what is done."""
     table = Table(title="plan", title_justify="left")
-    for name in ("grid", "points", "done", "programs to do", "rounds to do", "hours, by what is done"):
+    for name in ("grid", "points", "done", "programs to do", "rounds to do", "time, by what is done"):
         table.add_column(name)
     everything = with_trials(points)
     rated, start = rates(out, everything), start_seconds(out, everything)
@@ -167,7 +167,7 @@ def plan_table(out: Path, points: Sequence[Point], together: int) -> Table:
             str(len(mine) - len(left)),
             str(count_programs(left, together)),
             str(sum(rounds_left(out, point) for point in left)),
-            "?" if seconds is None else f"{seconds / 3600:.1f}",
+            "?" if seconds is None else told_time(seconds),
         )
     return table
 

@@ -1,5 +1,6 @@
 """How long what is left of a study will take, by what has been done of it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -54,6 +55,15 @@ def seconds_left(out: Path, points: Sequence[Point], rated: Mapping[str, Rate], 
             return None
         total += start + rounds_left(out, point) * work(point) * seconds / steps
     return total
+
+
+def told_time(seconds: float) -> str:
+    """In minutes rounded up, or in hours where there are many.
+
+    >>> told_time(90.0), told_time(9000.0)
+    ('2 min', '2.5 h')
+    """
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{math.ceil(seconds / 60)} min"
 
 
 def _data(point: Point) -> str:
