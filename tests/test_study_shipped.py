@@ -49,7 +49,7 @@ def test_the_shipped_studies_are_whole(path, world, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(command, "load_study", lambda *_: (study, points))  # reading takes most of the time
     runs.call(world, "study", path, "--plan", "--out", tmp_path / "out")
     shown = [line.replace("│", " ").split() for line in capsys.readouterr().err.splitlines()]
-    assert {row[0]: row[1] for row in shown if len(row) == 5 and row[0] in counts} == {
+    assert {row[0]: row[1] for row in shown if len(row) == 6 and row[0] in counts} == {
         grid: str(count) for grid, count in counts.items()
     }
     assert not (tmp_path / "out").exists()

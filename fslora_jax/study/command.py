@@ -152,7 +152,7 @@ def plan_table(out: Path, points: Sequence[Point], together: int) -> Table:
     """What there is to do: runs, programs and rounds of each grid, and how long by what is done."""
     table = Table(title="plan", title_justify="left")
     for name in ("grid", "points", "done", "programs to do", "rounds to do", "time, by what is done"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=name == "grid")  # what is long is broken elsewhere
     everything = with_trials(points)
     rated, start = rates(out, everything), start_seconds(out, everything)
     rows = {
