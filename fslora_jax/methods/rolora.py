@@ -13,7 +13,8 @@ from fslora_jax.types import Local
 def rolora(spec: Spec, server_optimizer: optax.GradientTransformation) -> Method:
     """FedIT in which even rounds train B and odd ones A; B comes first, since at B = 0 the gradient of A is zero.
 
-    In each round one factor is the same for all, so the average is exact, and the other is all that travels.
+    In each round one factor is the same for all, so the average is exact, and the other is all that travels. The idle
+    factor keeps its bits, and a server optimiser's moments of it, whose bias correction counts all rounds.
     """
     fedit = fedavg_lora(spec, server_optimizer)
 
