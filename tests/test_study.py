@@ -28,6 +28,12 @@ GRIDS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def plain():
+    with runs.without_figures():
+        yield
+
+
 @pytest.fixture(scope="module")
 def study(world, tmp_path_factory):
     """A study's file, beside its base config."""

@@ -12,7 +12,6 @@ import runs
 from runs import mistake, write_study
 
 from fslora_jax import log
-from fslora_jax.federation import summary
 from fslora_jax.report.command import make_page
 from fslora_jax.study import table
 from fslora_jax.study.points import load_study
@@ -31,6 +30,12 @@ GRIDS = {
 CLOCKED = r"(seconds|round_seconds|compile_seconds)(\.sd|\.ci)?"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def plain():
+    with runs.without_figures():
+        yield
+
+
 @pytest.fixture(scope="module")
 def study(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
@@ -42,10 +47,7 @@ def study(world, tmp_path_factory):
 def undisturbed(world, study, tmp_path_factory):
     """The folder of the study, run in one go; only read."""
     out = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(summary.figures, "run_figures", lambda *_: None)  # they take most of the time
-        patch.setattr(summary.figures, "partition_figure", lambda *_: None)
-        runs.call(world, "study", study, "--out", out)
+    runs.call(world, "study", study, "--out", out)
     return out
 
 
