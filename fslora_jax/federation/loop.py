@@ -86,14 +86,13 @@ def run_together(runs: Sequence[tuple[Config, Path]], display: Display) -> dict[
             members = list(group)
             compile_seconds = train(members, display, at)
             failures |= {one.run_dir: one.failure for one in members if one.failure}
-            display.stage("writing adapter and figures")
-            at(members[0].done, "writing results")
-            for one in members:
-                if one.failure is None:
-                    spent = {"load_seconds": one.load_seconds, "compile_seconds": compile_seconds}
-                    leader_first(
-                        partial(write_results, one.config, one.federation, one.server, one.run_dir, spent)
-                    )
+            for one in going(members):
+                display.stage("writing adapter and figures")
+                at(one.done, "writing results")
+                spent = {"load_seconds": one.load_seconds, "compile_seconds": compile_seconds}
+                leader_first(
+                    partial(write_results, one.config, one.federation, one.server, one.run_dir, spent)
+                )
     return failures
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,10 @@ class Running:
         self._checkpoints.save(self.done, self.server, self._memories)
 
     def close(self) -> None:
-        """Releases files and folder."""
-        for opened in (*self._loggers, *self._clocks, self._checkpoints):
-            opened.close()
+        """Releases files and folder, each also where another one cannot be written any more."""
+        with ExitStack() as stack:
+            for opened in (*self._loggers, *self._clocks, self._checkpoints):
+                stack.callback(opened.close)
 
 
 def last_record(run_dir: Path, done: int) -> dict[str, Any]:
