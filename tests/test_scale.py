@@ -3,6 +3,7 @@
 import json
 
 import jax
+import numpy as np
 import pandas as pd
 import pytest
 import runs
@@ -10,6 +11,7 @@ import runs
 from fslora_jax.config import make_config
 from fslora_jax.plan.command import abstract_model
 from fslora_jax.scale import command
+from fslora_jax.scale import measure as measuring
 from fslora_jax.scale.curves import CURVES, Point
 from fslora_jax.scale.measure import measure
 from fslora_jax.scale.worker import analysed, prepared, sizes_of
@@ -99,9 +101,17 @@ def test_what_two_processes_exchange_is_one_sum_of_the_adapter(config):
     record = measure(points("devices", config, 2)["strong, two processes"], repeats=1)
     values = LAYERS * R * 2 * WIDTH + (WIDTH + 1) * LABELS + LAYERS * R
     assert record["exchanged"] == 4 * values
-    assert len(record["all_seconds"]) == 1
+    assert record["seconds"] == np.median(record["all_seconds"])
     assert record["seconds_per_client"] == record["seconds"] / CLIENTS
     assert record["peak_bytes"] > 2e8
+
+
+@pytest.mark.parametrize(
+    ("seconds", "repeats", "timed"), [(1.0, 3, 5), (9.0, 3, 3), (0.01, 3, 50), (0.01, 60, 60)]
+)
+def test_short_rounds_are_timed_more_often(monkeypatch, seconds, repeats, timed):
+    monkeypatch.setattr(measuring, "together", lambda workers, command: [{"seconds": seconds}])
+    assert len(measuring.timed([], repeats)) == timed
 
 
 def test_larger_models_are_compiled_and_not_run(config):

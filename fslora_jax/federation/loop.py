@@ -21,7 +21,7 @@ from fslora_jax.federation.round import Cohort
 from fslora_jax.federation.running import Running
 from fslora_jax.federation.setup import Federation, set_up
 from fslora_jax.federation.summary import draw_partition, told_truncated, write_results
-from fslora_jax.federation.together import alike, cohorts_together, joined, parted
+from fslora_jax.federation.together import alike, cohorts_together, joined, parted, start_of
 from fslora_jax.preemption import Preempted, watching
 from fslora_jax.processes import leader_first, seconds_of
 from fslora_jax.rundir import InUse, keep_start, open_run, own_start, read_summary
@@ -100,10 +100,13 @@ def prepared(opened: Sequence[tuple[Config, Path]], display: Display, stack: Exi
     """The runs of one program, each where its last checkpoint is; of several, one base model serves all."""
     display.stage("loading model and data")
     federations: list[Federation] = []
+    loaded: dict[Any, Federation] = {}
     seconds = []
     for config, run_dir in opened:
-        started = time.perf_counter()
-        federations.append(set_up(own_start(run_dir, config), federations[0] if federations else None))
+        started, start = time.perf_counter(), start_of(config)
+        if start not in loaded:
+            loaded[start] = set_up(own_start(run_dir, config), federations[0] if federations else None)
+        federations.append(loaded[start])
         seconds.append(time.perf_counter() - started)
         leader_first(partial(keep_start, run_dir, config))
         if cut := told_truncated(config, federations[-1]):
@@ -141,8 +144,9 @@ def train(runs: Sequence[Running], display: Display, at: At) -> float:
         if not done:
             display.stage("evaluating the start")
             at(0, "evaluating")
+            starts: dict[Any, Running] = {}
             for one in runs:
-                one.evaluate()
+                one.begin(starts.setdefault(start_of(one.config), one))
             for one in going(runs):
                 one.write()
         for number, rounds in enumerate(calls):

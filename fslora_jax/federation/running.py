@@ -85,6 +85,13 @@ class Running:
         if self._memories is not None:
             self._memories.scatter(jax.device_get(cohort.clients.id), played.memory)
 
+    def begin(self, twin: "Running") -> None:
+        """Evaluates the start, or takes over what a ``twin`` found, which starts from the same weights."""
+        if twin is self:
+            self.evaluate()
+        else:
+            self._records, self.failure = [dict(record) for record in twin._records], twin.failure
+
     def evaluate(self) -> None:
         """Adds to the newest record what the global adapter is worth on the held-out examples."""
         task = self.federation.task

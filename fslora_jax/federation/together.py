@@ -39,6 +39,11 @@ def program_of(config: Config) -> str | None:
     return json.dumps({name: value for name, value in values.items() if name not in FREE}, sort_keys=True)
 
 
+def start_of(config: Config) -> tuple[int, float]:
+    """What decides data and first weights of runs that share a program: where it is equal, only rates differ."""
+    return config.seed, config.partition.dirichlet_alpha
+
+
 def alike(configs: Sequence[Config], federations: Sequence[Federation]) -> list[Federation]:
     """The same federations with slots, rows and batches of one shape, the smallest that holds all of them."""
     if len(federations) == 1:

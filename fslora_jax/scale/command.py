@@ -49,7 +49,9 @@ def scale_command(argv: Sequence[str]) -> None:
         argv[1:] if name else argv,
         out=option(Path, Path("runs/scale"), "Folder for CURVE.csv, CURVE.json and figures."),
         values=option(tuple[int, ...], (), "Points on the horizontal axis; by default the curve's own."),
-        repeats=option(int, 3, "Timed rounds of each point, after one that is not counted."),
+        repeats=option(
+            int, 3, "Timed rounds of each point at least, after one that is not counted; more if short."
+        ),
     )
     if args["repeats"] < 1 or any(value < 1 for value in args["values"]):
         raise UserError(f"--repeats, --values: found {args['repeats']}, {args['values']}; expected 1 or more")

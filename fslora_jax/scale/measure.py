@@ -15,19 +15,22 @@ from fslora_jax.errors import UserError
 from fslora_jax.processes import ENVIRONMENT
 from fslora_jax.scale.curves import Point
 
+SHORT, MOST = 5.0, 50
+"""Seconds for which rounds are timed at least, and how many that may be."""
+
 
 def measure(point: Point, repeats: int) -> dict[str, Any]:
     """The record of a point.
 
-    Seconds are the median of ``repeats`` rounds after one that is not counted, the slowest process of each; what a
-    device holds or sends is that of the first process, and memory of processes is added up.
+    Seconds are the median of at least ``repeats`` rounds after one that is not counted, the slowest process of each;
+    what a device holds or sends is that of the first process, and memory of processes is added up.
 
     Raises:
       UserError: a process reports bad input, or has died.
     """
     with started(point) as workers:
         facts, *_ = [worker.answer() for worker in workers]
-        rounds = [together(workers, "run") for _ in range(repeats + 1) if point.runs][1:]
+        rounds = timed(workers, repeats) if point.runs else []
         peaks = together(workers, "peak") if point.runs else []
     record = {"line": point.line, "x": point.x, "clients": point.config.clients_per_round} | facts
     record["chunks"] = point.config.federation.cohort_chunks
@@ -40,6 +43,15 @@ def measure(point: Point, repeats: int) -> dict[str, Any]:
     record["seconds_per_client"] = record["seconds"] / record["clients"]
     record["peak_bytes"] = sum(process["peak_bytes"] for process in peaks)
     return record
+
+
+def timed(workers: list[Worker], repeats: int) -> list[list[dict[str, Any]]]:
+    """What all say of each round; of short ones more are timed, for `SHORT` seconds."""
+    together(workers, "run")  # pages are touched and threads started here
+    rounds: list[list[dict[str, Any]]] = []
+    while len(rounds) < repeats or (len(rounds) < MOST and sum(r[0]["seconds"] for r in rounds) < SHORT):
+        rounds.append(together(workers, "run"))
+    return rounds
 
 
 def together(workers: list[Worker], command: str) -> list[dict[str, Any]]:

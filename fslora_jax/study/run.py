@@ -2,7 +2,7 @@
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
@@ -54,32 +54,49 @@ def run_points(
     """Runs what is missing, trials before the points that they settle; returns why points failed, by name.
 
     At most ``together`` points that can share a program are trained at the same time. A point that another process is
-    working on is passed over, so several processes may share a study: the one that finishes the last trial goes on
-    with what it settles. A failure does not stop the others, and a trial that diverges is none.
+    working on is passed over, so several processes may share a study; what was passed over is tried again as long as
+    anything else was done meanwhile. A failure does not stop the others, and a trial that diverges is none.
     """
     failures: dict[str, str] = {}
-    everything = with_trials(points)
-    left = [point for point in everything if not is_done(out, point)]
+    left = [point for point in with_trials(points) if not is_done(out, point)]
+    wanted = {point.name for point in points}
     while left:
-        first = left[0].name
-        try:
-            pack = next_pack(out, left, together)
-            ended = run_pack(out, pack, tell, display) if pack else {}
-            if not pack:
-                tell(f"{first}: its trials are not finished")
-        except UserError as error:  # it can never be settled
-            pack, ended = [], {first: error}
-        for name, error in ended.items():
-            tell(f"{name}: {'another process is at it' if isinstance(error, InUse) else error}")
-            if isinstance(error, Diverged) and name not in {point.name for point in points}:
-                write_atomically(out / name / DIVERGED, f"{error}\n")
-            elif not isinstance(error, InUse):
-                failures[name] = str(error)
-        done = {first, *(point.name for point in pack)}
-        left = [point for point in left if point.name not in done]
-        jax.clear_caches()  # the next point may have other shapes; what is the same comes from the cache on disk
-        gc.collect()
+        passed_over = []
+        for pack, ended in packs(out, left, tell, display, together):
+            for name, error in ended.items():
+                tell(f"{name}: {'another process is at it' if isinstance(error, InUse) else error}")
+                if isinstance(error, Diverged) and name not in wanted:
+                    write_atomically(out / name / DIVERGED, f"{error}\n")
+                elif not isinstance(error, InUse):
+                    failures[name] = str(error)
+            passed_over += [p for p in pack if not is_done(out, p) and p.name not in failures]
+            jax.clear_caches()  # the next point may have other shapes; what is the same comes from the cache on disk
+            gc.collect()
+        anything_done = len(passed_over) < len(left)
+        left = [point for point in passed_over if not is_done(out, point)] if anything_done else []
     return failures
+
+
+def packs(
+    out: Path,
+    left: Sequence[Point],
+    tell: Callable[[str], None],
+    display: Callable[[], AbstractContextManager[Display]],
+    together: int,
+) -> Iterator[tuple[list[Point], dict[str, UserError]]]:
+    """Runs all that is left once, pack by pack; gives each with why some of it was not finished, by name."""
+    while left:
+        pack, ended = [left[0]], {}
+        try:
+            if ready := next_pack(out, left, together):
+                pack, ended = ready, run_pack(out, ready, tell, display)
+            else:
+                tell(f"{left[0].name}: its trials are not finished")
+        except UserError as error:  # it can never be settled
+            ended = {left[0].name: error}
+        names = {point.name for point in pack}
+        left = [point for point in left if point.name not in names]
+        yield pack, ended
 
 
 def count_programs(points: Sequence[Point], together: int) -> int:
