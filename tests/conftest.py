@@ -21,6 +21,7 @@ from hypothesis import settings
 
 from fslora_jax.archives import fetch
 from fslora_jax.errors import UserError
+from fslora_jax.federation import summary
 from fslora_jax.hub import default_cache_dir, resolve_model
 from fslora_jax.packaged import PACKAGED_MODELS
 
@@ -47,6 +48,15 @@ def tiny(request, tiny_of) -> Tiny:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> runs.World:
     return runs.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def no_figures():
+    """Runs of this process draw nothing, which takes most of a tiny run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(summary.figures, "run_figures", lambda *_: None)
+        patch.setattr(summary.figures, "partition_figure", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +15,6 @@ import yaml
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from fslora_jax import cli
-from fslora_jax.federation import summary
 
 GOOD, BAD = ["good", "fine", "great", "warm"], ["bad", "dull", "poor", "cold"]
 PLAIN = ["a", "film", "that", "is", "the", "plot", "was", "and", "very", "##ly", "with"]
@@ -139,15 +136,6 @@ def train(world: World, run_dir: Path, *argv: object, **changes: Any) -> Path:
     config = write_config(run_dir.with_suffix(".yaml"), world, **changes)
     call(world, "train", config, "--run-dir", run_dir, *argv)
     return run_dir
-
-
-@contextmanager
-def without_figures() -> Iterator[None]:
-    """Runs of this process draw nothing, which takes most of a tiny run's time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(summary.figures, "run_figures", lambda *_: None)
-        patch.setattr(summary.figures, "partition_figure", lambda *_: None)
-        yield
 
 
 def write_study(path: Path, **values: Any) -> Path:

@@ -19,6 +19,7 @@ from fslora_jax.study.points import load_study
 from fslora_jax.study.table import interval, over_repetitions
 from fslora_jax.study.tuning import settled
 
+pytestmark = pytest.mark.usefixtures("no_figures")
 GRIDS = {
     "ratios": {
         "set": {"federation.num_rounds": 1},
@@ -26,12 +27,6 @@ GRIDS = {
     },
     "longer": {"over": {"length": {"two": {"federation.num_rounds": 2, "evaluate_every": 1}}}},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def plain():
-    with runs.without_figures():
-        yield
 
 
 @pytest.fixture(scope="module")

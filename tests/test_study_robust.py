@@ -16,6 +16,7 @@ from fslora_jax.report.command import make_page
 from fslora_jax.study import table
 from fslora_jax.study.points import load_study
 
+pytestmark = pytest.mark.usefixtures("no_figures")
 GRIDS = {
     "g": {
         "set": {"federation.num_rounds": 2, "evaluate_every": 1, "checkpoint_every": 1},
@@ -28,12 +29,6 @@ GRIDS = {
     }
 }
 CLOCKED = r"(seconds|round_seconds|compile_seconds)(\.sd|\.ci)?"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def plain():
-    with runs.without_figures():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from fslora_jax.federation.together import joined, parted, program_of
 from fslora_jax.study import run as study_run
 from fslora_jax.study.points import nested
 
+pytestmark = pytest.mark.usefixtures("no_figures")
 RATE = "client_optimizer.learning_rate"
 PLAIN = {"lora.lora_dropout": 0.0, "federation.num_rounds": 2, "evaluate_every": 1, "checkpoint_every": 1}
 GRIDS = {
@@ -157,12 +158,16 @@ def test_which_runs_share_a_program(world, field, shared):
     assert (program_of(one) == program_of(two)) == shared
 
 
-def test_dropout_and_a_frozen_head_need_a_program_of_their_own(world):
+def test_dropout_a_frozen_head_and_several_devices_need_a_program_of_their_own(world, monkeypatch):
     config = load_config(world.config)
     assert config.lora.lora_dropout
     assert program_of(config) is None
     lora = config.lora.model_copy(update={"lora_dropout": 0.0})
-    assert program_of(config.model_copy(update={"lora": lora})) is not None
+    plain = config.model_copy(update={"lora": lora})
+    assert program_of(plain) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 8)
+        assert program_of(plain) is None
     frozen = lora.model_copy(update={"modules_to_save": ()})
     assert program_of(config.model_copy(update={"lora": frozen})) is None
 

@@ -31,9 +31,9 @@ def program_of(config: Config) -> str | None:
     """What all configs have in common whose runs can share one program; None of a run that has to be alone.
 
     Dropout draws masks in the shape of the rows, and the head that is frozen is part of the base: such runs would
-    find something else beside others than alone.
+    find something else beside others than alone. Where there are several devices, one run has them all.
     """
-    if config.lora.lora_dropout or config.lora.modules_to_save is not None:
+    if jax.device_count() > 1 or config.lora.lora_dropout or config.lora.modules_to_save is not None:
         return None
     values = flat(config.model_dump(mode="json"))
     return json.dumps({name: value for name, value in values.items() if name not in FREE}, sort_keys=True)
