@@ -223,7 +223,6 @@ def test_what_is_left_is_estimated_by_what_was_done(world, study, copied, capsys
         ({"g": {"over": {"seed.x": [1]}}}, "seed is a value, expected a section"),
         ({"g": {"over": {"seed": [1, 1]}}}, "two points are named g/1"),
         ({"g": {"over": {"x": {"a": {}, "b": {}}}}}, "g/a and g/b have the same settings"),
-        ({"g": {}, "h": {}}, "g/run and h/run have the same settings"),
         ({"a/b": {}}, "found the name 'a/b', which is to be a folder"),
         ({"g.tuning": {}}, "no .tuning at last"),
         ({"g": {"over": {"x": {"..": {}}}}}, "found the name '..'"),

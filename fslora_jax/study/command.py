@@ -19,6 +19,7 @@ from fslora_jax.errors import UserError
 from fslora_jax.metrics import headline
 from fslora_jax.study.estimate import rates, rounds_left, seconds_left, start_seconds, told_time
 from fslora_jax.study.points import Point, Study, load_study, with_trials
+from fslora_jax.study.reuse import finished_in
 from fslora_jax.study.run import check_code, count_programs, is_done, run_points
 from fslora_jax.study.table import (
     at_equal_bytes,
@@ -52,6 +53,8 @@ class RunStudy:
     """I N: this process is the I-th of N, from 0, as of a SLURM array; by default it takes all points."""
     together: int = 8
     """At most so many points in one program, where they differ only in seed, learning rates and skew; 1: one by one."""
+    reuse: tuple[Path, ...] = ()
+    """Folders of other studies or runs: what is finished there with equal settings and code is copied, not trained."""
     plan: bool = False
     """Only show what would be run."""
     mixed: bool = False
@@ -77,6 +80,7 @@ def study_command(argv: Sequence[str]) -> None:
         return
     if not args.mixed:
         check_code(args.out, points)
+    finished = finished_in(args.reuse)
     covered = [point for point in everything if point.grid in chosen or (args.out / point.grid).is_dir()]
     with going_on(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
@@ -90,6 +94,7 @@ def study_command(argv: Sequence[str]) -> None:
             lambda text: console.print(text, markup=False),
             lambda: TerminalDisplay(console),
             args.together,
+            finished,
         )
         with alone(args.out):  # the last of several processes sees what all have done
             show(args.out, covered, study)

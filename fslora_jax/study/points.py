@@ -123,7 +123,7 @@ def load_study(path: Path, changes: Settings) -> tuple[Study, list[Point]]:
     """Reads a study and makes its points; ``changes`` go over everything else and may name axes, as ``{task}``.
 
     Raises:
-      UserError: the file, a setting or a value is wrong, or two points are the same.
+      UserError: the file, a setting or a value is wrong, or two points of a grid are the same.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -251,7 +251,9 @@ def _check_different(points: Sequence[Point], path: Path) -> None:
     names: dict[str, Point] = {}
     configs: dict[str, Point] = {}
     for point in points:
-        said = f"{point.config.model_dump_json()} {[choice.settings for choice in point.choices]}"
+        said = (
+            f"{point.grid} {point.config.model_dump_json()} {[choice.settings for choice in point.choices]}"
+        )
         if point.name in names:
             raise UserError(
                 f"{path}: two points are named {point.name}; name the choices of an axis differently"

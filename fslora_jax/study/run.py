@@ -4,6 +4,7 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from fslora_jax.federation.together import program_of
 from fslora_jax.provenance import code_fingerprint
 from fslora_jax.rundir import InUse, code_of, read_summary, write_atomically
 from fslora_jax.study.points import Point, with_trials
+from fslora_jax.study.reuse import Finished, copied, finished_points, settings_of
 from fslora_jax.study.tuning import DIVERGED, settled
 
 
@@ -50,19 +52,22 @@ def run_points(
     tell: Callable[[str], None],
     display: Callable[[], AbstractContextManager[Display]],
     together: int = 1,
+    finished: Finished | None = None,
 ) -> dict[str, str]:
     """Runs what is missing, trials before the points that they settle; returns why points failed, by name.
 
-    At most ``together`` points that can share a program are trained at the same time. A point that another process is
+    What has the settings of a point that is finished, or of a run in ``finished``, is copied from there. At most
+    ``together`` points that can share a program are trained at the same time. A point that another process is
     working on is passed over, so several processes may share a study; what was passed over is tried again as long as
     anything else was done meanwhile. A failure does not stop the others, and a trial that diverges is none.
     """
     failures: dict[str, str] = {}
     left = [point for point in with_trials(points) if not is_done(out, point)]
     wanted = {point.name for point in points}
+    unknown = partial(without_known, out, points, tell, finished or {})
     while left:
         passed_over = []
-        for pack, ended in packs(out, left, tell, display, together):
+        for pack, ended in packs(out, unknown, left, tell, display, together):
             for name, error in ended.items():
                 tell(f"{name}: {'another process is at it' if isinstance(error, InUse) else error}")
                 if isinstance(error, Diverged) and name not in wanted:
@@ -79,13 +84,14 @@ def run_points(
 
 def packs(
     out: Path,
+    unknown: Callable[[Sequence[Point]], list[Point]],
     left: Sequence[Point],
     tell: Callable[[str], None],
     display: Callable[[], AbstractContextManager[Display]],
     together: int,
 ) -> Iterator[tuple[list[Point], dict[str, UserError]]]:
     """Runs all that is left once, pack by pack; gives each with why some of it was not finished, by name."""
-    while left:
+    while left := unknown(left):
         pack, ended = [left[0]], {}
         try:
             if ready := next_pack(out, left, together):
@@ -99,6 +105,18 @@ def packs(
         yield pack, ended
 
 
+def without_known(
+    out: Path, points: Sequence[Point], tell: Callable[[str], None], finished: Finished, left: Sequence[Point]
+) -> list[Point]:
+    """What is left to train, once what finished runs answer is copied."""
+    known = finished | finished_points(out, with_trials(points))
+    done = set()
+    for point, source in copied(out, left, known):
+        tell(f"{point.name}: copied from {source}, a run of the same settings")
+        done.add(point.name)
+    return [point for point in left if point.name not in done]
+
+
 def count_programs(points: Sequence[Point], together: int) -> int:
     """In how many programs the points can be run, at most so many in each."""
     by_program = Counter(program_of(point.config) or point.name for point in points)
@@ -108,19 +126,24 @@ def count_programs(points: Sequence[Point], together: int) -> int:
 def next_pack(out: Path, left: Sequence[Point], together: int) -> list[Point]:
     """The first of the points that are left, with others that can share its program; none if it is not settled yet.
 
+    Of points with equal settings one is enough: the others are copied from it.
+
     Raises:
       UserError: it can never be settled.
     """
     first = settled(out, left[0])
     if first is None:
         return []
-    pack, program = [first], program_of(first.config)
+    pack, program, taken = [first], program_of(first.config), {settings_of(first.config)}
     for point in left[1:] if program is not None else []:
         if len(pack) >= together:
             break
         with suppress(UserError):
-            if (ready := settled(out, point)) and program_of(ready.config) == program:
-                pack.append(ready)
+            ready = settled(out, point)
+            if ready is None or program_of(ready.config) != program or settings_of(ready.config) in taken:
+                continue
+            pack.append(ready)
+            taken.add(settings_of(ready.config))
     return pack
 
 
