@@ -25,7 +25,10 @@ def test_each_module_draws_its_own_mask():
     own = [{query: (pair, scale), key: (pair, scale)}]
     x = jax.random.normal(jax.random.key(1), (1, 2, 3, 16))
     for keys, same in ((None, True), (jax.random.split(jax.random.key(2), 1), False)):
-        assert jnp.array_equal(layer.project(query, x, own, keys), layer.project(key, x, own, keys)) == same
+        assert (
+            jnp.array_equal(layer.project(query, x, own, keys, {}), layer.project(key, x, own, keys, {}))
+            == same
+        )
 
 
 class Recorder(layers.Layer):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from fslora_jax.federation.round import Cohort, Constants, Played, make_round, s
 from fslora_jax.federation.setup import Federation
 from fslora_jax.methods import Server
 from fslora_jax.models import shifted
+from fslora_jax.models.turned import with_turned
 
 
 def dispatches(config: Config, done: int) -> list[range]:
@@ -111,6 +113,7 @@ def compile_round(
         passes=federation.steps.passes,
         mesh=federation.mesh,
         shift=shifted,
+        ready=partial(with_turned, mesh=federation.mesh),
     )
     if cohort.clients.id.ndim - (runs > 1) > 3:  # (rounds, groups, chunks, slots)
         one_round = several(one_round)

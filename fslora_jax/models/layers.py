@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from fslora_jax import lora
+from fslora_jax.models.turned import frozen_product
 from fslora_jax.sharding import outputs_split
 from fslora_jax.types import Pair
 
@@ -20,6 +22,9 @@ Own = Sequence[Mapping[str, tuple[Pair, Float[Array, "C k"]]]]
 
 Project = Callable[[str, Float[Array, "C B L i"]], Float[Array, "C B L o"]]
 """A linear module of a layer, by path, with its adapters."""
+
+ADAPTED = "adapted outputs"
+"""What modules with an adapter give, by the name that checkpoint policies know."""
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -44,21 +49,31 @@ class Layer(nnx.Module):
         self.lora_dropout = lora_dropout
 
     def project(
-        self, path: str, x: Float[Array, "C B L i"], own: Own, keys: Key[Array, " C"] | None
+        self,
+        path: str,
+        x: Float[Array, "C B L i"],
+        own: Own,
+        keys: Key[Array, " C"] | None,
+        turned: Mapping[str, Float[Array, "o i"]],
     ) -> Float[Array, "C B L o"]:
         """The frozen module for all clients at once, plus each client's own low-rank part if it has one.
 
-        ``keys`` are the clients' for this layer's dropout, None in evaluation.
+        ``keys`` are the clients' for this layer's dropout, None in evaluation; ``turned`` as in ``turned.with_turned``.
         """
-        y = outputs_split(path, self.linear[path](x))
+        linear = self.linear[path]
+        if path in turned:
+            y = frozen_product(x, linear.kernel[...], turned[path])
+            y = y if linear.bias is None else y + linear.bias[...]
+        else:
+            y = linear(x)
+        y = outputs_split(path, y)
         if path not in own[0]:
             return y
         if keys is not None and self.lora_dropout:
             module = self.paths.index(path)
             x = jax.vmap(lambda key, x: drop(jax.random.fold_in(key, module), self.lora_dropout, x))(keys, x)
-        return y + lora.per_client(
-            lambda mine, x: lora.delta(mine[0], mine[1], x), [tier[path] for tier in own], x
-        )
+        y += lora.per_client(lambda mine, x: lora.delta(mine[0], mine[1], x), [tier[path] for tier in own], x)
+        return checkpoint_name(y, ADAPTED)
 
 
 def drop(key: Key[Array, ""], rate: float, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -10,7 +10,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from fslora_jax.errors import UserError
+from fslora_jax.models.attention import SOFTMAX
+from fslora_jax.models.layers import ADAPTED
 from fslora_jax.models.quantise import restore
+from fslora_jax.models.turned import TURNED
 from fslora_jax.sharding import gathered, rows_split
 from fslora_jax.types import Local
 
@@ -22,7 +25,12 @@ REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     # Keeps the products with frozen weights (dots without batch dimensions) and recomputes the rest: 0.6 of the
     # memory and less time than keeping it, measured on a CPU.
     "frozen": partial(
-        jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        jax.checkpoint,
+        prevent_cse=False,
+        policy=jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(SOFTMAX, ADAPTED),
+        ),
     ),
     "full": partial(jax.checkpoint, prevent_cse=False),
 }
@@ -86,19 +94,23 @@ def scan_layers(
 ) -> tuple[Float[Array, "C B L D"], PyTree]:
     """`run_layers` with ``call(layer, x, project, shared, *each) -> (x, y)``; the ``y`` of all layers are stacked."""
     count = jax.tree.leaves(weights)[0].shape[0]
+    turned = weights.get(TURNED, {})
+    weights = {name: part for name, part in weights.items() if name != TURNED}
     check_tiers(tiers, weights["linear"])
     own = [_layers_first(tier, x.dtype) for tier in tiers]
 
     def step(
         x: Float[Array, "C B L D"],
-        slices: tuple[PyTree, list[dict[str, Any]], tuple[PyTree, ...], Int[Array, ""]],
+        slices: tuple[PyTree, PyTree, list[dict[str, Any]], tuple[PyTree, ...], Int[Array, ""]],
     ) -> tuple[Float[Array, "C B L D"], PyTree]:
-        weights, own, each, number = slices
+        weights, turned, own, each, number = slices
         layer = nnx.merge(graph, restore(gathered(weights), x.dtype))
         keys = None if dropout is None else jax.vmap(lambda key: jax.random.fold_in(key, number))(dropout)
-        return call(layer, rows_split(x), partial(layer.project, own=own, keys=keys), shared, *each)
+        return call(
+            layer, rows_split(x), partial(layer.project, own=own, keys=keys, turned=turned), shared, *each
+        )
 
-    return jax.lax.scan(REMAT[remat](step), x, (weights, own, each, jnp.arange(count)))
+    return jax.lax.scan(REMAT[remat](step), x, (weights, turned, own, each, jnp.arange(count)))
 
 
 def check_tiers(tiers: Sequence[Local], modules: Collection[str]) -> None:

@@ -1,0 +1,90 @@
+"""Gradients that are written by hand: of attention, and of products with frozen kernels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from examples import assert_close
+from jax.sharding import Mesh
+
+from fslora_jax.models.attention import LOW, attention
+from fslora_jax.models.turned import TURNED, frozen_product, with_turned
+
+HEAD, LENGTH = 4, 9
+
+
+def plain(q, k, v, bias, scale, cap):
+    """Attention as it is defined, one query head after another, for autodiff."""
+    split = [m.reshape(*m.shape[:-1], -1, HEAD) for m in (q, k, v)]
+    per_key = split[0].shape[-2] // split[1].shape[-2]
+    mixed = []
+    for head in range(split[0].shape[-2]):
+        ours, theirs, values = split[0][..., head, :], *(m[..., head // per_key, :] for m in split[1:])
+        scores = scale * jnp.einsum("cbqd,cbkd->cbqk", ours, theirs)
+        scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+        weights = jax.nn.softmax(scores + bias[:, :, head % bias.shape[2]])
+        mixed.append(jnp.einsum("cbqk,cbkd->cbqd", weights, values))
+    return jnp.concatenate(mixed, -1)
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (4, 1)])
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("size", [0.1, 1.0, 5.0])
+def test_attention_and_its_gradient_are_those_of_the_definition(heads, cap, size):
+    """Also of large scores, for a gradient is a difference between nearly equal values there."""
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(amount * rng.normal(size=(2, 3, LENGTH, h * HEAD)) + offset, jnp.float32)
+        for h, amount, offset in zip(
+            (heads[0], heads[1], heads[1]), (size, size, 0.1), (0, 0, 3), strict=True
+        )
+    )
+    bias = jnp.where(rng.random((2, 3, 1, LENGTH, LENGTH)) < 0.3, LOW, 0.0).at[0, 0, 0, 2].set(LOW)
+    towards = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
+
+    def both(f):
+        out, back = jax.vjp(f, q, k, v)
+        return out, back(towards)
+
+    got = both(lambda *x: attention(*x, bias, HEAD, scale=0.7, cap=cap))
+    assert_close(got, both(lambda *x: plain(*x, bias, 0.7, cap)), 1e-4)
+
+
+def test_what_is_no_number_in_a_score_stays_visible():
+    q = jnp.ones((1, 1, 3, HEAD)).at[0, 0, 1, 0].set(jnp.nan)
+    k = v = jnp.ones((1, 1, 3, HEAD))
+    found = attention(q, k, v, jnp.zeros((1, 1, 1, 3, 3)), HEAD)
+    assert jnp.isnan(found[0, 0, 1]).all()
+    assert jnp.isfinite(found[0, 0, [0, 2]]).all()
+
+
+def test_the_gradient_of_a_frozen_product_is_a_product_with_the_turned_kernel():
+    rng = np.random.default_rng(0)
+    x, kernel, towards = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 3, 5), (5, 4), (2, 3, 4))
+    )
+    y, back = jax.vjp(frozen_product, x, kernel, kernel.T)
+    np.testing.assert_array_equal(y, x @ kernel)
+    to_x, *others = back(towards)
+    np.testing.assert_allclose(to_x, towards @ kernel.T, rtol=1e-5)
+    assert all((other == 0).all() for other in others)
+    to_x, *_ = jax.vjp(frozen_product, x, kernel, jnp.zeros((4, 5)))[1](towards)
+    assert (to_x == 0).all()  # nothing of it is a product with the kernel itself
+
+
+def test_kernels_are_turned_beside_themselves_unless_packed_or_shared_out(monkeypatch):
+    kernel = jnp.arange(24.0).reshape(2, 3, 4)
+    linear = {"plain": {"kernel": kernel}, "packed": {"kernel": {"int8": kernel, "scale": kernel[:, 0]}}}
+    base = {"layers": {"linear": linear}, "embeddings": {}}
+    turned = with_turned(base)
+    assert turned["layers"]["linear"] is linear
+    assert {path: x.tolist() for path, x in turned["layers"][TURNED].items()} == {
+        "plain": np.swapaxes(kernel, 1, 2).tolist()
+    }
+    devices = np.array(jax.devices()[:1] * 2)
+    assert (
+        TURNED in with_turned(base, Mesh(devices.reshape(2, 1, 1), ("clients", "fsdp", "tensor")))["layers"]
+    )
+    assert with_turned(base, Mesh(devices.reshape(1, 2, 1), ("clients", "fsdp", "tensor"))) is base
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert with_turned(base) is base
