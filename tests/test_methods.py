@@ -177,6 +177,19 @@ def test_identity_5_the_server_moves_only_what_somebody_trained(name):
                 assert only[2].all() and not np.delete(only, 2, 0).any()
 
 
+@pytest.mark.parametrize("name", toy.SERVERS)
+def test_a_round_in_which_nobody_reports_leaves_nothing_but_its_number(name):
+    """Not even momentum in the head, or one more step in Adam's count."""
+    optimizer = toy.SERVERS[name][0]
+    server = toy.start(fedit(toy.SPEC, optimizer))
+    update = jax.jit(partial(take_step, optimizer))
+    first = update(server, jax.tree.map(jnp.ones_like, server.weights), EVERYBODY)
+    nobody = jax.tree.map(jnp.zeros_like, EVERYBODY)
+    second = update(first, jax.tree.map(jnp.zeros_like, server.weights), nobody)
+    assert (first.round, second.round) == (1, 2)
+    jax.tree.map(np.testing.assert_array_equal, second._replace(round=first.round), first)
+
+
 def test_plain_averaging_adds_the_mean_change():
     method = fedit(toy.SPEC, optax.sgd(1.0))
     server = toy.start(method)

@@ -116,6 +116,23 @@ def test_parts_and_grids_divide_the_points(world, study, tmp_path, capsys):
     )
 
 
+def test_a_grid_of_which_there_are_only_trials_stays_in_the_plan(world, study, tmp_path):
+    path = write_study(study.parent / "only.yaml", grids={**TUNED, "longer": GRIDS["longer"]})
+    (tmp_path / "methods.tuning").mkdir()
+    runs.call(world, "study", path, "--out", tmp_path, "--grids", "longer")
+    plan = json.loads((tmp_path / "study.json").read_text())
+    assert {point["grid"] for point in plan["points"]} == {"methods.tuning", "methods", "longer"}
+
+
+def test_a_folder_of_another_study_is_refused_and_kept(world, study, tmp_path, capsys):
+    path = write_study(study.parent / "before.yaml", grids={"other": {"set": {"federation.num_rounds": 1}}})
+    runs.call(world, "study", path, "--out", tmp_path)
+    plan = (tmp_path / "study.json").read_bytes()
+    said = mistake(world, capsys, "study", study, "--out", tmp_path)
+    assert "holds another study, with a run other/run; choose another --out" in said
+    assert (tmp_path / "study.json").read_bytes() == plan
+
+
 def test_a_point_that_another_process_works_on_is_passed_over(world, study, tmp_path, capsys):
     """Held by another thread here, whose lock is as foreign as another process's."""
     _, points = load_study(study, {})

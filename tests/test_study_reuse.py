@@ -97,6 +97,20 @@ def test_what_differs_or_is_not_finished_is_trained(world, first, tmp_path, trai
     assert len(trained) == 2
 
 
+def test_what_another_process_finished_meanwhile_is_left_alone(world, first):
+    """A process knows the points that are left from before; one of them may be finished by now, in its own folder."""
+    path, done = first
+    points = load_study(path, {})[1]
+    before = {file: file.stat().st_mtime_ns for file in done.rglob("*") if file.is_file()}
+    assert not list(reuse.copied(done, points, reuse.finished_points(done, points)))
+    for point in points:
+        reuse.copy_run(done / "first/0", done / point.name, point.config)
+    after = {file: file.stat().st_mtime_ns for file in done.rglob("*") if file.is_file()}
+    assert {file: t for file, t in after.items() if file.name != ".lock"} == {
+        file: t for file, t in before.items() if file.name != ".lock"
+    }
+
+
 def test_a_copy_that_is_killed_is_made_again(world, first, tmp_path, trained, monkeypatch):
     path, done = first
     write = reuse.write_atomically

@@ -28,6 +28,7 @@ from fslora_jax.federation.feed import make_cohort
 from fslora_jax.federation.local import train
 from fslora_jax.federation.setup import Federation, initial_server, run_constants
 from fslora_jax.methods import Client, Combined, Method, Server
+from fslora_jax.models.turned import with_turned
 from fslora_jax.types import Local
 
 Round = Callable[[], object]
@@ -66,6 +67,7 @@ def compiled(config: Config, federation: Federation, *, tiered: bool, chunks: in
 def python_loop(config: Config, federation: Federation) -> Round:
     """A Python loop over clients: download, compiled local steps, upload; then one update."""
     method, population = federation.method, federation.task.population
+    base = with_turned(federation.task.base)
     server, (keys, rates) = initial_server(config, federation), run_constants(config, federation.mesh)
     sketch_key = jax.random.fold_in(keys.sketch, 0)
     local_steps = partial(
@@ -90,7 +92,7 @@ def python_loop(config: Config, federation: Federation) -> Round:
             given = jax.tree.map(
                 lambda x: x[None], download(jax.random.fold_in(sketch_key, int(client)), server, one, k)
             )
-            after, _ = steps(federation.task.base, [given], batches, jnp.int32(0), None)
+            after, _ = steps(base, [given], batches, jnp.int32(0), None)
             share = jnp.float32(1 / len(federation.cohort(0)))[None]
             payload = send(server, given, after[0], who._replace(weight=share))
             total = payload if total is None else add(total, payload)
@@ -115,7 +117,7 @@ def drjax_map(config: Config, federation: Federation) -> Round:
     except ImportError:
         raise UserError("engine 'drjax': drjax is not installed; pip install 'fslora_jax[bench]'") from None
     config, federation = with_layout(config, federation, tiered=False, chunks=1)
-    method, base = federation.method, federation.task.base
+    method, base = federation.method, with_turned(federation.task.base)
     server, (keys, rates) = initial_server(config, federation), run_constants(config, federation.mesh)
     cohort = jax.tree.map(lambda x: x[0, 0], cohort_of(config, federation, 0))
     sketch_key, network_key = (jax.random.fold_in(key, 0) for key in (keys.sketch, keys.network))

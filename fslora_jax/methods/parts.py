@@ -6,7 +6,7 @@ from functools import partial, reduce
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from fslora_jax.lora import init_adapter
 from fslora_jax.methods.base import Client, Combined, Method, Payload, Server, Traits
@@ -166,11 +166,14 @@ def take_step(
     """One step of the server optimiser on a change, taken as a negative gradient (arXiv 2003.00295).
 
     ``optax.sgd(1.0)`` is plain averaging. For a component that nobody trained in this round there was none: it stays
-    bit-identical, whatever momentum or decay the server optimiser has, and so do its moments.
+    bit-identical, whatever momentum or decay the server optimiser has, and so do its moments. Of a round in which
+    nobody trained anything nothing is left at all, neither in the head nor in the optimiser's count of steps.
     """
 
     def kept(new: PyTree, old: PyTree) -> PyTree:
-        return where_trained(mass, new, old) if isinstance(new, Trainable) else new
+        if isinstance(new, Trainable):
+            return where_trained(mass, new, old)
+        return jnp.where(anything_trained(mass), new, old)
 
     gradient = jax.tree.map(jnp.negative, delta)
     updates, opt_state = optimizer.update(gradient, server.opt_state, server.weights)
@@ -184,11 +187,12 @@ def take_step(
 
 
 def where_trained(mass: Mapping[str, Rows], new: Trainable, old: Trainable) -> Trainable:
-    """``new`` in the components that somebody trained, and in the head; ``old`` elsewhere."""
+    """``new`` in the components that somebody trained, and in the head if anybody did; ``old`` elsewhere."""
+    anything = anything_trained(mass)
 
     def chosen(rows: Float[Array, "N r"], new: Array, old: Array) -> Array:
         if new.shape[:2] != rows.shape:  # not kept by component, such as Adafactor's means over them
-            return new
+            return jnp.where(anything, new, old)
         return jnp.where(rows.reshape(*rows.shape, *[1] * (new.ndim - 2)) > 0, new, old)
 
     adapter = {
@@ -200,7 +204,13 @@ def where_trained(mass: Mapping[str, Rows], new: Trainable, old: Trainable) -> T
         )
         for m, pair in new.adapter.items()
     }
-    return Trainable(adapter, new.head)
+    head = jax.tree.map(partial(jnp.where, anything), new.head, old.head)
+    return Trainable(adapter, head)
+
+
+def anything_trained(mass: Mapping[str, Rows]) -> Bool[Array, ""]:
+    """Whether anybody trained any component."""
+    return jnp.array([x.sum() for x in jax.tree.leaves(mass)]).sum() > 0
 
 
 def per_contributor(combined: Combined) -> Trainable:
@@ -219,10 +229,8 @@ def per_contributor(combined: Combined) -> Trainable:
 
 def settle(server: Server, adapter: Mapping[str, Pair], combined: Combined) -> Server:
     """New factors as they are, where somebody trained anything at all, and the head's average."""
-    share = sum(x.sum() for x in jax.tree.leaves(combined.mass))
-    kept = jax.tree.map(
-        lambda new, old: jnp.where(share > 0, new, old), dict(adapter), server.weights.adapter
-    )
+    anything = anything_trained(combined.mass)
+    kept = jax.tree.map(partial(jnp.where, anything), dict(adapter), server.weights.adapter)
     head = jax.tree.map(jnp.add, server.weights.head, combined.delta.head)
     return server._replace(weights=Trainable(kept, head), round=server.round + 1)
 

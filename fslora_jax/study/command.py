@@ -18,12 +18,13 @@ from fslora_jax.display import TerminalDisplay
 from fslora_jax.errors import UserError
 from fslora_jax.metrics import headline
 from fslora_jax.study.estimate import rates, rounds_left, seconds_left, start_seconds, told_time
-from fslora_jax.study.points import Point, Study, load_study, with_trials
+from fslora_jax.study.points import TRIALS, Point, Study, load_study, with_trials
 from fslora_jax.study.reuse import finished_in
 from fslora_jax.study.run import check_code, count_programs, is_done, run_points
 from fslora_jax.study.table import (
     at_equal_bytes,
     axes_of,
+    check_own,
     collect,
     curves,
     over_repetitions,
@@ -81,7 +82,9 @@ def study_command(argv: Sequence[str]) -> None:
     if not args.mixed:
         check_code(args.out, points)
     finished = finished_in(args.reuse)
-    covered = [point for point in everything if point.grid in chosen or (args.out / point.grid).is_dir()]
+    check_own(args.out, everything)
+    begun = {grid for grid in study.grids for name in (grid, grid + TRIALS) if (args.out / name).is_dir()}
+    covered = [point for point in everything if point.grid in begun.union(chosen)]
     with going_on(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
         with alone(args.out):

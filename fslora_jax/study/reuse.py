@@ -78,15 +78,18 @@ def copied(out: Path, points: Sequence[Point], finished: Finished) -> Iterator[t
             ready = settled(out, point)
         if ready is None or ready.config.lora.init_from is not None:
             continue
-        if source := finished.get(settings_of(ready.config)):
+        source = finished.get(settings_of(ready.config))
+        if source is not None and source.resolve() != (out / point.name).resolve():
             with suppress(InUse):  # it is being trained elsewhere
                 copy_run(source, out / point.name, ready.config)
                 yield point, source
 
 
 def copy_run(source: Path, run_dir: Path, config: Config) -> None:
-    """A finished run's files into another run folder, the summary last; whatever was begun there is replaced."""
+    """A finished run's files into another run folder, the summary last; what was only begun there is replaced."""
     with open_run(run_dir, config):
+        if read_summary(run_dir) is not None:  # another process was faster
+            return
         for path in sorted(source.iterdir()):
             if path.name in (CONFIG, MADE_BY, SUMMARY) or path.name[0] == ".":
                 continue

@@ -108,7 +108,8 @@ def packs(
 def without_known(
     out: Path, points: Sequence[Point], tell: Callable[[str], None], finished: Finished, left: Sequence[Point]
 ) -> list[Point]:
-    """What is left to train, once what finished runs answer is copied."""
+    """What is left to train, once what finished runs answer is copied, here or by other processes."""
+    left = [point for point in left if not is_done(out, point)]
     known = finished | finished_points(out, with_trials(points))
     done = set()
     for point, source in copied(out, left, known):

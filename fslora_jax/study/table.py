@@ -153,6 +153,23 @@ def write_plan(out: Path, study: dict[str, Any], points: Sequence[Point], comman
     write_atomically(out / STUDY, json.dumps(content, indent=1) + "\n")
 
 
+def check_own(out: Path, points: Sequence[Point]) -> None:
+    """Refuses a folder in which another study was begun, none of whose runs this one has.
+
+    Raises:
+      UserError: names one of them.
+    """
+    if not (out / STUDY).exists():
+        return
+    begun = [
+        p["name"] for p in read_mapping(out / STUDY).get("points", []) if (out / p["name"] / METRICS).exists()
+    ]
+    if begun and not {point.name for point in with_trials(points)} & set(begun):
+        raise UserError(
+            f"{out}: holds another study, with a run {begun[0]}; choose another --out for this one"
+        )
+
+
 def commands_of(out: Path) -> list[str]:
     """The commands that ran a study so far; none of a study that keeps none, or has not begun.
 
