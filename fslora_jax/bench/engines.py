@@ -117,7 +117,7 @@ def drjax_map(config: Config, federation: Federation) -> Round:
     except ImportError:
         raise UserError("engine 'drjax': drjax is not installed; pip install 'fslora_jax[bench]'") from None
     config, federation = with_layout(config, federation, tiered=False, chunks=1)
-    method, base = federation.method, with_turned(federation.task.base)
+    method, base = federation.method, federation.task.base  # a copy for each client: turned kernels only cost
     server, (keys, rates) = initial_server(config, federation), run_constants(config, federation.mesh)
     cohort = jax.tree.map(lambda x: x[0, 0], cohort_of(config, federation, 0))
     sketch_key, network_key = (jax.random.fold_in(key, 0) for key in (keys.sketch, keys.network))
