@@ -32,10 +32,7 @@ Finished = dict[str, Path]
 
 
 def settings_of(config: Config) -> str:
-    """Whatever decides what a run finds and keeps, as a text to compare; the devices do not.
-
-    An adapter to start from is a place whose content may change, so such runs are equal to none.
-    """
+    """Whatever decides what a run finds and keeps, as a text to compare; the devices do not."""
     values = flat(config.model_dump(mode="json"))
     return json.dumps({name: v for name, v in values.items() if not name.startswith("mesh.")}, sort_keys=True)
 
@@ -71,7 +68,10 @@ def finished_points(out: Path, points: Sequence[Point]) -> Finished:
 
 
 def copied(out: Path, points: Sequence[Point], finished: Finished) -> Iterator[tuple[Point, Path]]:
-    """Gives each of some points that a finished run answers, with that run, once it has copied it into its place."""
+    """Gives each of some points that a finished run answers, with that run, once it has copied it into its place.
+
+    An adapter to start from is a folder whose content may change, so runs that have one are never copied.
+    """
     for point in points:
         ready = None
         with suppress(UserError):  # its trials are not all there, or diverged
