@@ -31,6 +31,18 @@ class ModelConfig(Section):
     remat: Literal["none", "frozen", "full"] = "frozen"
     """What the backward pass computes anew to save memory: nothing, all of a layer but its products with frozen
     weights, or all of it."""
+    products: Literal["same", "bfloat16"] = "same"
+    """Precision of a round's products with frozen kernels: that of `dtype`, or factors in bfloat16 and sums in
+    float32, as a TPU multiplies by default; faster on a GPU, and on a CPU with AMX. Evaluation has that of `dtype`."""
+
+    @model_validator(mode="after")
+    def _narrow_from_float32(self):
+        if self.products != "same" and (self.dtype != "float32" or self.quantization != "none"):
+            raise ValueError(
+                f"products: found {self.products} with dtype {self.dtype} and quantization {self.quantization}; "
+                "it is for kernels in float32; set products: same"
+            )
+        return self
 
 
 class LoraShape(Section):

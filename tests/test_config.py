@@ -86,6 +86,8 @@ def test_the_defaults_are_the_papers():
         ({"seed": 2**31}, "seed: found 2147483648"),
         ({"loggers": ["mlflow"]}, "loggers.0: found 'mlflow'"),
         ({"model__dtype": "float64"}, "model.dtype: found 'float64'"),
+        ({"model__products": "bfloat16", "model__quantization": "int8"}, "set products: same"),
+        ({"model__products": "bfloat16", "model__dtype": "bfloat16"}, "found bfloat16 with dtype bfloat16"),
         ({"partition__dirichlet_alpha": 0}, "partition.dirichlet_alpha: found 0"),
     ],
     ids=str,

@@ -132,6 +132,19 @@ def test_a_method_that_does_not_fit_is_refused(world, capsys, tmp_path, changes,
     assert words in refusal(world, capsys, "train", config, "--run-dir", tmp_path / "run")
 
 
+@pytest.mark.parametrize("method", ["fslora", "flora"])
+def test_a_federated_run_with_narrow_products_is_near_one_without(world, tmp_path, method):
+    """FLoRA moves the base in float32, and only then is it narrowed."""
+    losses = []
+    for products in ("same", "bfloat16"):
+        folder = tmp_path / products
+        changes = changes_of(method) | {"federation__num_rounds": 3, "model__products": products}
+        run = runs.train(world, folder, **changes)
+        losses.append([line["train/loss"] for line in runs.records(run) if "train/loss" in line])
+    assert len(losses[0]) == 3 and losses[0] != losses[1]
+    np.testing.assert_allclose(*losses, rtol=0.02)
+
+
 def test_a_method_that_starts_afresh_goes_on_from_an_adapter(world, finished, tmp_path):
     """The adapter's product is in the base before the first round, so the first evaluation is the old run's last."""
     options = {

@@ -8,7 +8,7 @@ from examples import assert_close
 from jax.sharding import Mesh
 
 from fslora_jax.models.attention import LOW, attention
-from fslora_jax.models.turned import TURNED, frozen_product, with_turned
+from fslora_jax.models.turned import TURNED, frozen_product, narrowed, with_turned
 
 HEAD, LENGTH = 4, 9
 
@@ -70,6 +70,36 @@ def test_the_gradient_of_a_frozen_product_is_a_product_with_the_turned_kernel():
     assert all((other == 0).all() for other in others)
     to_x, *_ = jax.vjp(frozen_product, x, kernel, jnp.zeros((4, 5)))[1](towards)
     assert (to_x == 0).all()  # nothing of it is a product with the kernel itself
+
+
+def test_a_narrow_kernel_meets_narrow_factors_and_sums_stay_wide():
+    """Of 4,096 terms a sum in bfloat16 would keep three digits; the gradient takes the turned kernel likewise."""
+    rng = np.random.default_rng(0)
+    x, kernel, towards = (rng.normal(size=s).astype(np.float32) for s in ((3, 4096), (4096, 5), (3, 5)))
+    wide = narrowed({"layers": {"linear": {"m": {"kernel": jnp.asarray(kernel)}}}}, "bfloat16")
+    narrow = wide["layers"]["linear"]["m"]["kernel"]
+    assert narrow.dtype == jnp.bfloat16
+    y, back = jax.vjp(frozen_product, jnp.asarray(x), narrow, narrow.T)
+    exact = [np.asarray(jnp.asarray(m, jnp.bfloat16), np.float64) for m in (x, kernel, towards)]
+    assert y.dtype == back(y)[0].dtype == jnp.float32
+    np.testing.assert_allclose(y, exact[0] @ exact[1], atol=1e-3)
+    np.testing.assert_allclose(back(jnp.asarray(towards))[0], exact[2] @ exact[1].T, atol=1e-4)
+    assert 0.01 < np.abs(y - x @ kernel).max() < 2  # the factors did lose digits
+
+
+def test_only_kernels_that_are_not_packed_are_narrowed():
+    kernel, bias = jnp.ones((2, 3, 4)), jnp.ones((2, 4))
+    linear = {
+        "plain": {"kernel": kernel, "bias": bias},
+        "packed": {"kernel": {"int8": kernel, "scale": bias}},
+    }
+    base = {"layers": {"linear": linear, "norm": bias}}
+    found = narrowed(base, "bfloat16")["layers"]
+    assert found["linear"]["plain"]["kernel"].dtype == jnp.bfloat16
+    assert found["linear"]["plain"]["bias"] is bias
+    assert found["linear"]["packed"] is linear["packed"]
+    assert found["norm"] is bias
+    assert narrowed(base, "same") is base
 
 
 def test_kernels_are_turned_beside_themselves_unless_packed_or_shared_out(monkeypatch):

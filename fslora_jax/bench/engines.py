@@ -28,7 +28,7 @@ from fslora_jax.federation.feed import make_cohort
 from fslora_jax.federation.local import train
 from fslora_jax.federation.setup import Federation, initial_server, run_constants
 from fslora_jax.methods import Client, Combined, Method, Server
-from fslora_jax.models.turned import with_turned
+from fslora_jax.models.turned import narrowed, with_turned
 from fslora_jax.types import Local
 
 Round = Callable[[], object]
@@ -67,13 +67,13 @@ def compiled(config: Config, federation: Federation, *, tiered: bool, chunks: in
 def python_loop(config: Config, federation: Federation) -> Round:
     """A Python loop over clients: download, compiled local steps, upload; then one update."""
     method, population = federation.method, federation.task.population
-    base = with_turned(federation.task.base)
+    base = with_turned(narrowed(federation.task.base, config.model.products))
     server, (keys, rates) = initial_server(config, federation), run_constants(config, federation.mesh)
     sketch_key = jax.random.fold_in(keys.sketch, 0)
     local_steps = partial(
         train, federation.task.model.score, federation.optimizer, passes=federation.steps.passes, rates=rates
     )
-    steps = jax.jit(local_steps, compiler_options=compiler_options())
+    steps = jax.jit(local_steps, compiler_options=compiler_options(config.model.products))
     download = jax.jit(method.download, static_argnums=3)
     add = jax.jit(lambda total, more: jax.tree.map(jnp.add, total, more))
     send = jax.jit(partial(sent, method, jax.random.fold_in(keys.network, 0)))

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from fslora_jax.federation.round import Cohort, Constants, Played, make_round, s
 from fslora_jax.federation.setup import Federation
 from fslora_jax.methods import Server
 from fslora_jax.models import shifted
-from fslora_jax.models.turned import with_turned
+from fslora_jax.models.turned import narrowed, with_turned
 
 
 def dispatches(config: Config, done: int) -> list[range]:
@@ -113,12 +112,12 @@ def compile_round(
         passes=federation.steps.passes,
         mesh=federation.mesh,
         shift=shifted,
-        ready=partial(with_turned, mesh=federation.mesh),
+        ready=lambda base: with_turned(narrowed(base, config.model.products), federation.mesh),
     )
     if cohort.clients.id.ndim - (runs > 1) > 3:  # (rounds, groups, chunks, slots)
         one_round = several(one_round)
     if runs > 1:
         one_round = together(one_round)
-    program = jax.jit(one_round, compiler_options=compiler_options())
+    program = jax.jit(one_round, compiler_options=compiler_options(config.model.products))
     compiled = program.lower(federation.task.base, server, constants, cohort).compile()
     return compiled, time.perf_counter() - started

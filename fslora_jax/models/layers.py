@@ -61,8 +61,9 @@ class Layer(nnx.Module):
         ``keys`` are the clients' for this layer's dropout, None in evaluation; ``turned`` as in ``turned.with_turned``.
         """
         linear = self.linear[path]
-        if path in turned:
-            y = frozen_product(x, linear.kernel[...], turned[path])
+        kernel = linear.kernel[...]
+        if path in turned or kernel.dtype != x.dtype:
+            y = frozen_product(x, kernel, turned.get(path, kernel.T))
             y = y if linear.bias is None else y + linear.bias[...]
         else:
             y = linear(x)

@@ -1,4 +1,4 @@
-"""Products with frozen kernels on a CPU, whose gradient is a product with a kernel that was transposed beforehand.
+"""Products with frozen kernels: their precision, and on a CPU a gradient from kernels that were transposed beforehand.
 
 XLA's matrix product on a CPU packs a matrix that it must read transposed value by value, again in every pass; with
 288 rows that took a third to two thirds of the product's own time.
@@ -16,6 +16,20 @@ from fslora_jax.sharding import client_groups
 
 TURNED = "turned"
 """In the layers of a base: the transposes of kernels, by the paths of their modules."""
+
+
+def narrowed(base: dict[str, Any], products: str) -> dict[str, Any]:
+    """The base with the kernels of its layers as ``model.products`` has them; packed kernels stay as they are."""
+    if products == "same":
+        return base
+    layers = base["layers"]
+    linear = {
+        path: module
+        if is_packed(module["kernel"])
+        else module | {"kernel": module["kernel"].astype(products)}
+        for path, module in layers["linear"].items()
+    }
+    return base | {"layers": layers | {"linear": linear}}
 
 
 def with_turned(base: dict[str, Any], mesh: Mesh | None = None) -> dict[str, Any]:
@@ -39,17 +53,24 @@ def with_turned(base: dict[str, Any], mesh: Mesh | None = None) -> dict[str, Any
 def frozen_product(
     x: Float[Array, "*B i"], kernel: Float[Array, "i o"], turned: Float[Array, "o i"]
 ) -> Float[Array, "*B o"]:
-    """``x @ kernel``, whose gradient is a product with ``turned``, the kernel's transpose; both stay as they are."""
+    """``x @ kernel``, whose gradient is a product with ``turned``, the kernel's transpose; both stay as they are.
+
+    Factors are as precise as the kernel, sums and the result as ``x``.
+    """
     del turned
-    return x @ kernel
+    return _product(x, kernel)
+
+
+def _product(x: Array, kernel: Array) -> Array:
+    return jnp.matmul(x.astype(kernel.dtype), kernel, preferred_element_type=x.dtype)
 
 
 def _forward(x: Array, kernel: Array, turned: Array) -> tuple[Array, Array]:
-    return x @ kernel, turned
+    return _product(x, kernel), turned
 
 
 def _backward(turned: Array, gradient: Array) -> tuple[Array, None, None]:
-    return gradient @ turned, None, None
+    return _product(gradient, turned), None, None
 
 
 frozen_product.defvjp(_forward, _backward)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ from fslora_jax.federation.setup import (
 )
 from fslora_jax.methods import Client, Spec
 from fslora_jax.models import Model, shifted
+from fslora_jax.models.turned import narrowed
 from fslora_jax.program import Collective, collectives, matmul_flops
 from fslora_jax.sharding import AXES, base_shardings, client_groups, make_mesh, over_clients, replicated
 from fslora_jax.types import Batch
@@ -137,6 +139,7 @@ def round_of(config: Config, model: Model, layout: Layout, mesh: Mesh | None) ->
         passes=passes and passes._replace(skip=False),  # a bound needs them all
         mesh=mesh,
         shift=shifted,
+        ready=partial(narrowed, products=config.model.products),
     )
 
 
