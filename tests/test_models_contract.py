@@ -24,6 +24,7 @@ from contract import (
 from examples import assert_close
 
 from fslora_jax import lora
+from fslora_jax.backend import compiler_options
 from fslora_jax.models import load_model, stack
 from fslora_jax.models.families import find_family
 from fslora_jax.models.table import sources
@@ -33,7 +34,7 @@ K, ALPHA = 3, 6.0
 CLIENTS = 3
 
 
-@partial(jax.jit, static_argnames=("apply", "score"))
+@partial(jax.jit, static_argnames=("apply", "score"), compiler_options=compiler_options())
 def outputs(apply, score, base, tier, batch):
     """Each client's gradients, mean loss and logits."""
 
@@ -106,8 +107,7 @@ def test_logits_losses_and_gradients_equal_torch_in_every_layout(tiny):
             for layer in range(pair.a.shape[1]):
                 a, b = (leaf.grad.numpy() for leaf in factors(path, layer))
                 assert np.abs(a).max() > 1e-5
-                # The smallest are differences of larger terms, which processors round differently.
-                assert_close(jax.tree.map(lambda g, n=layer: g[client, n], pair), Pair(a, b.T), 1e-3)  # noqa: B023
+                assert_close(jax.tree.map(lambda g, n=layer: g[client, n], pair), Pair(a, b.T), 2e-4)  # noqa: B023
         for module, leaves in grads.head.items():
             top, dot, rest = module.partition(".")
             prefix = f"base_model.model.{top}.modules_to_save.default{dot}{rest}"
