@@ -39,7 +39,7 @@ def f1(predicted: Predictions, expected: Predictions) -> float:
 def pearson(predicted: Predictions, expected: Predictions) -> float:
     """Pearson's correlation; NaN where one side is constant.
 
-    >>> pearson(np.array([1.0, 2.0, 4.0]), np.array([2.0, 4.0, 8.0]))
+    >>> pearson(np.array([1.0, 1.0, 3.0, 3.0]), np.array([2.0, 2.0, 6.0, 6.0]))
     1.0
     """
     if np.ptp(predicted) == 0 or np.ptp(expected) == 0:

@@ -130,9 +130,14 @@ def texts() -> tuple[np.ndarray, np.ndarray]:
     return tokens, (tokens != 1).astype(int)
 
 
-def torch_logits(model: Any, task_type: str) -> np.ndarray:
-    """Of both texts; a mean-pooled head is stored as a token classifier, and padding predicts nothing."""
+def torch_logits(model: Any, task_type: str, precise: bool = False) -> np.ndarray:
+    """Of both texts; a mean-pooled head is stored as a token classifier, and padding predicts nothing.
+
+    ``precise`` makes a classifier compute in float64: a small logit is a difference of large terms.
+    """
     tokens, mask = map(torch.tensor, texts())
+    if precise and task_type != "CAUSAL_LM":  # whose masks of float64 overflow a softmax in float32
+        model = model.double()
     with torch.no_grad():
         logits = model(input_ids=tokens, attention_mask=mask).logits
     if task_type == "TOKEN_CLS":

@@ -68,12 +68,14 @@ def test_peft_and_the_merged_model_compute_w_plus_scale_b_a_and_our_head(tmp_pat
             torch_name = {"kernel": "weight", "bias": "bias"}[name]
             weights[f"{module}.{torch_name}"].copy_(torch.tensor(value.T))
     loaded = peft.PeftModel.from_pretrained(torch_base(case), write(tmp_path / "adapter", case)).eval()
-    expected = torch_logits(merged, naming.task_type)
-    theirs = torch_logits(loaded, naming.task_type)
+    expected = torch_logits(merged, naming.task_type, precise=True)
+    theirs = torch_logits(loaded, naming.task_type, precise=True)
     np.testing.assert_allclose(theirs, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(theirs, global_logits(case), rtol=1e-4, atol=1e-4)
     ours = type(merged).from_pretrained(merge(tmp_path / "merged", case)).eval()
-    np.testing.assert_allclose(torch_logits(ours, naming.task_type), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        torch_logits(ours, naming.task_type, precise=True), expected, rtol=1e-5, atol=1e-5
+    )
     assert np.abs(expected - before).max() > 0.1
 
 
