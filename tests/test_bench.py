@@ -38,31 +38,42 @@ def test_engines_in_jax_do_the_same_round(tiered, engine):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("engine", "optimizer", "rate"), [("torch", "sgd", 1.0), ("torch-padded", "adamw", 0.02)]
-)
-def test_torch_does_the_same_round_where_nothing_is_random(world, engine, optimizer, rate):
-    """At ratio 1 every client draws every component."""
-    changes = {
-        "federation__sketching_ratios": [1.0],
-        "client_optimizer": {
-            "name": optimizer,
-            "learning_rate": rate,
-            "head_learning_rate": 0.1,
-            "eps": 1e-3,
-        },
-    }
-    config, federation = prepare(world, **changes)
+def changes_under(world, engine, **changes):
+    """What round 0 changes, in an engine in torch and in this package, at ratio 1, where every client draws all."""
+    config, federation = prepare(world, federation__sketching_ratios=[1.0], **changes)
     before = initial_server(config, federation).weights
     after = ENGINES["tiered"](config, federation)().weights
     change = jax.device_get(jax.tree.map(lambda a, b: a - b, after, before))
     expected = dict(named_tensors(change.adapter, change.head, federation.task.model.naming))
-    found = ENGINES[engine](config, federation)()
+    found = {name: value.numpy() for name, value in ENGINES[engine](config, federation)().items()}
     assert set(found) == set(expected)
+    return found, expected
+
+
+@pytest.mark.parametrize(
+    ("engine", "optimizer", "rate"), [("torch", "sgd", 1.0), ("torch-padded", "adamw", 0.02)]
+)
+def test_torch_does_the_same_round_where_nothing_is_random(world, engine, optimizer, rate):
+    client = {"name": optimizer, "learning_rate": rate, "head_learning_rate": 0.1, "eps": 1e-3}
+    found, expected = changes_under(world, engine, client_optimizer=client)
     for name, value in expected.items():
         largest = abs(value).max()
         assert largest > 1e-4
-        np.testing.assert_allclose(found[name].numpy(), value, atol=2e-3 * largest, err_msg=name)
+        np.testing.assert_allclose(found[name], value, atol=2e-3 * largest, err_msg=name)
+
+
+def test_torch_under_autocast_does_the_same_round_in_bfloat16(world):
+    """As far as bfloat16 goes: torch also narrows what is between products, so single values differ by more."""
+    client = {"name": "sgd", "learning_rate": 0.1, "head_learning_rate": 0.1}
+    exact, _ = changes_under(world, "torch", client_optimizer=client)
+    found, expected = changes_under(world, "torch", client_optimizer=client, model__products="bfloat16")
+    exact, found, expected = (
+        np.concatenate([values[name].ravel() for name in sorted(expected)])
+        for values in (exact, found, expected)
+    )
+    size = np.linalg.norm(exact)
+    assert 1e-3 * size < np.linalg.norm(found - exact) < 0.1 * size
+    assert np.linalg.norm(found - expected) < 0.1 * size
 
 
 def test_work_counts_real_tokens_and_the_models_products(world):

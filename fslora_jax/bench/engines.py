@@ -117,7 +117,8 @@ def drjax_map(config: Config, federation: Federation) -> Round:
     except ImportError:
         raise UserError("engine 'drjax': drjax is not installed; pip install 'fslora_jax[bench]'") from None
     config, federation = with_layout(config, federation, tiered=False, chunks=1)
-    method, base = federation.method, federation.task.base  # a copy for each client: turned kernels only cost
+    method, products = federation.method, config.model.products
+    base = narrowed(federation.task.base, products)  # a copy for each client: turned kernels only cost
     server, (keys, rates) = initial_server(config, federation), run_constants(config, federation.mesh)
     cohort = jax.tree.map(lambda x: x[0, 0], cohort_of(config, federation, 0))
     sketch_key, network_key = (jax.random.fold_in(key, 0) for key in (keys.sketch, keys.network))
@@ -137,7 +138,7 @@ def drjax_map(config: Config, federation: Federation) -> Round:
         uploads = drjax.map_fn(one_client, (*shared, clients, batches))
         return method.update(keys.server, server, drjax.reduce_sum(uploads))
 
-    step = jax.jit(program, compiler_options=compiler_options())
+    step = jax.jit(program, compiler_options=compiler_options(products))
     return lambda: jax.block_until_ready(step(base, server, *cohort))
 
 

@@ -1,7 +1,8 @@
 """The peer: PyTorch and PEFT, one client after another, as frameworks in torch simulate a federation.
 
 Honest on purpose: one model in memory, adapters of each rank made once and refilled, fused attention, no data loader,
-no evaluation, no dropout in the frozen base, and the same examples, ranks, optimiser and averaging.
+no evaluation, no dropout in the frozen base, and the same examples, ranks, optimiser and averaging. Where
+`model.products` is bfloat16, it runs under PyTorch's autocast, with frozen kernels narrowed once and not in every step.
 """
 
 import re
@@ -38,6 +39,11 @@ def torch_engine(config: Config, federation: Federation, *, pad_to_max: bool) ->
     named = named_tensors(weights.adapter, weights.head, federation.task.model.naming)
     server = {name: torch.tensor(value, device=device) for name, value in named}
     width = config.data.max_length if pad_to_max else 0
+    narrow = torch.autocast(device, torch.bfloat16, enabled=config.model.products == "bfloat16")
+
+    def loss_of(batch: np.ndarray) -> Any:
+        with narrow:
+            return loss(model, federation, batch, width, device)
 
     def one_round() -> Named:
         torch.manual_seed(config.seed)
@@ -49,9 +55,7 @@ def torch_engine(config: Config, federation: Federation, *, pad_to_max: bool) ->
             trained = {exported_name(name): p for name, p in model.named_parameters() if p.requires_grad}
             for name, p in trained.items():
                 p.data.copy_(part(server[name], p, order))
-            train_client(
-                trained, config, lambda batch: loss(model, federation, batch, width, device), examples
-            )
+            train_client(trained, config, loss_of, examples)
             for name, p in trained.items():
                 change = p.detach() - part(server[name], p, order)
                 add(totals[name], change / len(ids), order)
@@ -116,6 +120,11 @@ def wrapped_model(config: Config, federation: Federation, device: str) -> Any:
         else:
             model.add_adapter(f"rank_{k}", lora)
     assert model is not None
+    if config.model.products == "bfloat16":
+        for name, module in model.named_modules():
+            trained = re.search(r"lora_|modules_to_save", name)
+            if isinstance(module, torch.nn.Linear) and not trained:
+                module.to(torch.bfloat16)
     return model.to(device).eval()
 
 
