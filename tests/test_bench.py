@@ -1,6 +1,7 @@
 """All engines of the benchmark do the same round."""
 
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,7 +46,8 @@ def changes_under(world, engine, **changes):
     after = ENGINES["tiered"](config, federation)().weights
     change = jax.device_get(jax.tree.map(lambda a, b: a - b, after, before))
     expected = dict(named_tensors(change.adapter, change.head, federation.task.model.naming))
-    found = {name: value.numpy() for name, value in ENGINES[engine](config, federation)().items()}
+    changed: Any = ENGINES[engine](config, federation)()
+    found = {name: value.numpy() for name, value in changed.items()}
     assert set(found) == set(expected)
     return found, expected
 
