@@ -7,7 +7,7 @@ remember something, that is in clients/.
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,13 @@ def _check_same(run_dir: Path, config: Config) -> None:
             f"{run_dir}: holds a run with {name} = {old.get(name)}, but this config has {new.get(name)}{more}; "
             "choose another --run-dir, or the same config to resume"
         )
+
+
+def settings_of(config: Config, but: Collection[str] = ("mesh",)) -> str:
+    """A config as a text to compare, ``but`` some fields and sections; without the devices, all that decides a run."""
+    values = flat(config.model_dump(mode="json"))
+    kept = {name: v for name, v in values.items() if name not in but and name.split(".")[0] not in but}
+    return json.dumps(kept, sort_keys=True)
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:

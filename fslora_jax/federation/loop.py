@@ -144,11 +144,7 @@ def train(runs: Sequence[Running], display: Display, at: At) -> float:
         if not done:
             display.stage("evaluating the start")
             at(0, "evaluating")
-            starts: dict[Any, Running] = {}
-            for one in runs:
-                one.begin(starts.setdefault(start_of(one.config), one))
-            for one in going(runs):
-                one.write()
+            begin(runs)
         for number, rounds in enumerate(calls):
             if not going(runs):
                 break
@@ -188,6 +184,15 @@ def train(runs: Sequence[Running], display: Display, at: At) -> float:
                     f"{runs[0].run_dir}: stopped after round {done} of {num_rounds}, which is saved"
                 )
     return programs.seconds / count
+
+
+def begin(runs: Sequence[Running]) -> None:
+    """Evaluates what runs start from, once for all that start alike."""
+    starts: dict[Any, Running] = {}
+    for one in runs:
+        one.begin(starts.setdefault(start_of(one.config), one))
+    for one in going(runs):
+        one.write()
 
 
 def going(runs: Sequence[Running]) -> list[Running]:

@@ -1,6 +1,5 @@
 """Runs that share one program: which ones may, and how their federations are made alike."""
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from itertools import repeat
@@ -15,7 +14,7 @@ from fslora_jax.federation.calls import cohorts_of
 from fslora_jax.federation.feed import plan_shape, planned_rounds, shape_of
 from fslora_jax.federation.round import Cohort
 from fslora_jax.federation.setup import Federation
-from fslora_jax.rundir import flat
+from fslora_jax.rundir import settings_of
 
 T = TypeVar("T")
 FREE = (
@@ -35,8 +34,7 @@ def program_of(config: Config) -> str | None:
     """
     if jax.device_count() > 1 or config.lora.lora_dropout or config.lora.modules_to_save is not None:
         return None
-    values = flat(config.model_dump(mode="json"))
-    return json.dumps({name: value for name, value in values.items() if name not in FREE}, sort_keys=True)
+    return settings_of(config, but=FREE)
 
 
 def start_of(config: Config) -> tuple[int, float]:

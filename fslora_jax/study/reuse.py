@@ -15,11 +15,11 @@ from fslora_jax.rundir import (
     SUMMARY,
     InUse,
     code_of,
-    flat,
     load_run_config,
     open_run,
     read_mapping,
     read_summary,
+    settings_of,
     write_atomically,
 )
 from fslora_jax.study.points import Point
@@ -29,12 +29,6 @@ COPIED_FROM = "copied_from"
 """In ``made_by.json`` of a run that was not trained in its place: the folder of the one that was."""
 Finished = dict[str, Path]
 """Folders of finished runs by `settings_of` their configs."""
-
-
-def settings_of(config: Config) -> str:
-    """Whatever decides what a run finds and keeps, as a text to compare; the devices do not."""
-    values = flat(config.model_dump(mode="json"))
-    return json.dumps({name: v for name, v in values.items() if not name.startswith("mesh.")}, sort_keys=True)
 
 
 def finished_in(folders: Sequence[Path]) -> Finished:

@@ -13,9 +13,9 @@ from fslora_jax.errors import Diverged, UserError
 from fslora_jax.federation.loop import Display, run_together
 from fslora_jax.federation.together import program_of
 from fslora_jax.provenance import code_fingerprint
-from fslora_jax.rundir import InUse, code_of, read_summary, write_atomically
+from fslora_jax.rundir import InUse, code_of, read_summary, settings_of, write_atomically
 from fslora_jax.study.points import Point, with_trials
-from fslora_jax.study.reuse import Finished, copied, finished_points, settings_of
+from fslora_jax.study.reuse import Finished, copied, finished_points
 from fslora_jax.study.tuning import DIVERGED, settled
 
 
