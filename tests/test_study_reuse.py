@@ -79,6 +79,15 @@ def test_in_one_study_equal_points_are_trained_once(world, first, tmp_path, trai
     assert len(set(losses["one"])) == 2
 
 
+def test_a_grid_that_is_run_later_takes_what_an_earlier_one_finished(world, tmp_path, trained):
+    runs.write_config(tmp_path / "base.yaml", world)
+    same = {name: {"set": SHORT, "over": {"seed": [0]}} for name in ("first", "second")}
+    path = write_study(tmp_path / "study.yaml", grids=same)
+    for grid in same:
+        runs.call(world, "study", path, "--out", tmp_path / "out", "--grids", grid)
+    assert trained == [str(tmp_path / "out/first/0")]
+
+
 @pytest.mark.parametrize("change", ["code", "settings", "unfinished"])
 def test_what_differs_or_is_not_finished_is_trained(world, first, tmp_path, trained, change):
     path, done = first

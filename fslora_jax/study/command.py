@@ -19,7 +19,7 @@ from fslora_jax.errors import UserError
 from fslora_jax.metrics import headline
 from fslora_jax.study.estimate import rates, rounds_left, seconds_left, start_seconds, told_time
 from fslora_jax.study.points import TRIALS, Point, Study, load_study, with_trials
-from fslora_jax.study.reuse import finished_in
+from fslora_jax.study.reuse import finished_in, finished_points
 from fslora_jax.study.run import check_code, count_programs, is_done, run_points
 from fslora_jax.study.table import (
     at_equal_bytes,
@@ -81,7 +81,7 @@ def study_command(argv: Sequence[str]) -> None:
         return
     if not args.mixed:
         check_code(args.out, points)
-    finished = finished_in(args.reuse)
+    finished = finished_in(args.reuse) | finished_points(args.out, with_trials(everything))
     check_own(args.out, everything)
     begun = {grid for grid in study.grids for name in (grid, grid + TRIALS) if (args.out / name).is_dir()}
     covered = [point for point in everything if point.grid in begun.union(chosen)]
