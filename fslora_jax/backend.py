@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fslora_jax.errors import UserError
+
 CPU_OPTIONS: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": "", "xla_cpu_prefer_vector_width": 512}
 """XLA's experimental CPU fusions wait on their own thread pool: a round takes two to six times as long with them.
 
@@ -38,6 +40,28 @@ def leave_libtpu() -> None:
     if find_spec("libtpu") and config.jax_platforms is None and not plugins and not chips:
         os.environ["JAX_PLATFORMS"] = "cpu"
         config.update("jax_platforms", "cpu")
+
+
+def split_cpu(devices: int, most: int) -> None:
+    """Has JAX see the CPU as so many devices; -1: one for each core of this process, up to ``most``.
+
+    They share one pool of threads. A round of small products keeps the cores busier as several programs than as one
+    whose every operation is cut up. Where JAX has begun, -1 leaves it as it is.
+
+    Raises:
+      UserError: it has begun with another number.
+    """
+    config: Any = jax.config
+    wanted = min(len(os.sched_getaffinity(0)), most) if devices == -1 else devices
+    try:
+        config.update("jax_num_cpu_devices", wanted)
+    except RuntimeError:
+        found = len(jax.devices("cpu"))
+        if devices not in (-1, found):
+            raise UserError(
+                f"mesh.cpu_devices: found {devices}, but JAX has begun with {found}; expected a setting before its "
+                "first array, so start another process, or leave it out"
+            ) from None
 
 
 @cache

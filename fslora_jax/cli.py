@@ -21,6 +21,7 @@ from fslora_jax.errors import UserError
 from fslora_jax.eval_command import eval_command
 from fslora_jax.federation.exports import export_client, export_clients, export_merged, export_round
 from fslora_jax.federation.loop import run
+from fslora_jax.federation.setup import settle_devices
 from fslora_jax.list_methods import methods_command
 from fslora_jax.plan.command import plan_command
 from fslora_jax.preemption import EXIT_CODE, Preempted
@@ -69,6 +70,7 @@ def train_command(argv: Sequence[str]) -> None:
         if args["run_dir"] is None:
             raise UserError("--distributed: no --run-dir; expected a folder that all processes see")
         join()
+    settle_devices(config)
     folder = args["run_dir"] or Path("runs") / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     with losing_others(), TerminalDisplay(Console(stderr=True, quiet=not leads())) as display:
         summary = run(config, folder, display)

@@ -138,6 +138,9 @@ class MeshConfig(Section):
     """Devices of a group that share out the base weights and the rows of a batch."""
     tensor: Count = 1
     """Devices of a group that share out attention heads and features."""
+    cpu_devices: Literal[-1] | Count | None = None
+    """Devices that a CPU counts as, where it is what trains; each holds the base model. -1: one for each core that
+    this process may use, but no more than clients of a round. By default JAX's own number, one."""
 
 
 class Config(Section):

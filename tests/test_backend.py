@@ -36,6 +36,37 @@ def test_only_an_idle_libtpu_is_left_alone(monkeypatch, packages, devices, asked
     assert os.environ["JAX_PLATFORMS"] == ("cpu" if (asked, expected) == (None, "cpu") else "before")
 
 
+@pytest.mark.parametrize(
+    ("asked", "most", "cores", "expected"), [(3, 2, 1, 3), (-1, 8, 1, 1), (-1, 8, 4, 4), (-1, 2, 4, 2)]
+)
+def test_a_cpu_counts_as_many_devices_as_asked_or_cores(asked, most, cores, expected):
+    code = f"""
+import os
+os.sched_getaffinity = lambda process: set(range({cores}))
+import jax
+from fslora_jax.backend import split_cpu
+from fslora_jax.errors import UserError
+split_cpu({asked}, {most})
+assert len(jax.devices()) == {expected}
+split_cpu(-1, 99)
+split_cpu({expected}, 99)
+try:
+    split_cpu({expected} + 1, 99)
+except UserError as error:
+    print(error)
+"""
+    own = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=own | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"mesh.cpu_devices: found {expected + 1}, but JAX has begun with {expected}" in done.stdout
+
+
 LIBTPU, PLUGINS = (importlib.util.find_spec(name) is not None for name in ("libtpu", "jax_plugins"))
 
 

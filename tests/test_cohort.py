@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fslora_jax.federation.cohort import EMPTY, Layout, place, plan_layout, sample_cohort
+from fslora_jax.federation.feed import dealt
 
 SEEDS = st.integers(0, 2**31)
 
@@ -51,11 +52,21 @@ def test_one_layout_seats_every_cohort(population, lanes, tiered, most):
     if not tiered:
         assert set(layout.caps) == {r}
     for cohort in cohorts:
-        ids = place(cohort, ranks, layout)
-        assert ids.shape == (lanes, len(layout.caps))
-        assert sorted(ids[ids != EMPTY]) == cohort.tolist()
-        taken = ids != EMPTY
-        assert (np.where(taken, ranks[ids], 0) <= np.array(layout.caps)).all()
+        own, loads = ranks[cohort], np.random.default_rng(len(cohort)).integers(0, 9, len(cohort))
+        seats = place(own, loads, layout)
+        taken = seats != EMPTY
+        assert seats.shape == (lanes, len(layout.caps))
+        assert sorted(seats[taken]) == list(range(len(cohort)))
+        assert (np.where(taken, own[seats], 0) <= np.array(layout.caps)).all()
+        assert_tiers_by_load(np.where(taken, loads[seats], -1), layout)
+
+
+def assert_tiers_by_load(loads, layout):
+    """Lane by lane a tier's loads fall, so that lanes hold what is alike, and the first ones most."""
+    start = 0
+    for _, count in layout.tiers:
+        assert (np.diff(loads[:, start : start + count].ravel()) <= 0).all()
+        start += count
 
 
 @given(population=populations(), lanes=st.integers(1, 6))
@@ -66,19 +77,28 @@ def test_slots_are_no_larger_than_needed(population, lanes):
     assert set(layout.caps) <= set(ranks.tolist())
     alone = plan_layout(ranks, cohorts[:1], r=r, lanes=1, tiered=True, max_tiers=r)
     assert list(alone.caps) == sorted(ranks[cohorts[0]], reverse=True)
-    assert (ranks[place(cohorts[0], ranks, alone)[0]] == alone.caps).all()
+    own = ranks[cohorts[0]]
+    assert (own[place(own, own, alone)[0]] == alone.caps).all()
 
 
 def test_a_layout_for_one_cohort_need_not_hold_another():
     ranks = np.array([1, 1, 8])
     layout = plan_layout(ranks, [np.array([0, 1])], r=8, lanes=1, tiered=True)
     assert layout.caps == (1, 1)
-    assert ranks[place(np.array([1, 2]), ranks, layout)].max() > max(layout.caps)
+    assert ranks[1:][place(ranks[1:], np.ones(2, int), layout)].max() > max(layout.caps)
 
 
 @pytest.mark.parametrize(("size", "lanes"), [(5, 2), (3, 8), (1, 1), (8, 4)])
 def test_empty_slots_are_the_last_ones(size, lanes):
-    ranks = np.arange(1, size + 1)
     layout = Layout((size,) * -(-size // lanes), lanes)
-    by_slot = place(np.arange(size), ranks, layout).T.ravel()
-    assert by_slot.tolist() == [*range(size - 1, -1, -1), *[EMPTY] * (by_slot.size - size)]
+    seats = place(np.full(size, size), np.arange(size), layout).ravel()
+    assert seats.tolist() == [*range(size - 1, -1, -1), *[EMPTY] * (seats.size - size)]
+
+
+def test_like_clients_share_a_lane_and_groups_of_devices_share_the_work():
+    ranks, loads = np.array([8, 8, 8, 8, 4, 4, 4, 4]), np.array([1, 7, 6, 2, 9, 3, 8, 2])
+    layout = Layout((8, 4), lanes=4)
+    seats = place(ranks, loads, layout)
+    assert loads[seats].tolist() == [[7, 9], [6, 8], [2, 3], [1, 2]]
+    by_group = dealt(loads[seats], groups=2)
+    assert by_group.tolist() == [[[7, 9], [1, 2]], [[6, 8], [2, 3]]]

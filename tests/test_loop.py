@@ -85,6 +85,15 @@ def test_how_it_is_computed_does_not_change_the_result(world, finished, tmp_path
         close(run, finished)
 
 
+def test_a_run_of_a_cpu_as_two_devices_is_the_same(world, finished, tmp_path):
+    config = runs.write_config(tmp_path / "run.yaml", world, mesh__cpu_devices=2)
+    counted = "import atexit, jax; atexit.register(lambda: print('devices:', len(jax.devices())))"
+    done = runs.finish(runs.start(world, "train", config, "--run-dir", tmp_path / "run", driver=counted))
+    assert done.returncode == 0, done.stderr
+    assert "devices: 2" in done.stdout
+    close(tmp_path / "run", finished)
+
+
 VARIANTS = {
     "everything else": {
         "client_optimizer": {

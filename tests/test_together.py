@@ -58,6 +58,13 @@ def same(out, other, grids=None):
             assert mine == pytest.approx(its, rel=1e-5, abs=1e-6), name
 
 
+def test_on_two_devices_of_a_cpu_too(world, study, alone, tmp_path):
+    split = ["--set", "mesh.cpu_devices=2", "--grids", "rates", "skew"]
+    done = runs.finish(runs.start(world, "study", study, "--out", tmp_path / "study", *split), 240)
+    assert done.returncode == 0, done.stderr
+    same(tmp_path / "study", alone, {"rates", "skew"})
+
+
 def vmapped(one_round):
     return jax.vmap(one_round, in_axes=(None, 0, 0, 0))
 

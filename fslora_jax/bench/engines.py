@@ -1,5 +1,7 @@
 """The engines under comparison: each builds a function that does round 0 of a config from the same state.
 
+Where there are several devices all spread the clients over them, but for those that take one client after another.
+
 | name            | what it is                                                                               |
 |-----------------|------------------------------------------------------------------------------------------|
 | `tiered`        | this package: the whole round in one program, clients of one rank in one tier             |
@@ -12,6 +14,7 @@
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import jax
@@ -26,9 +29,17 @@ from fslora_jax.federation.calls import cohort_of, compile_round
 from fslora_jax.federation.cohort import plan_layout
 from fslora_jax.federation.feed import make_cohort
 from fslora_jax.federation.local import train
-from fslora_jax.federation.setup import Federation, initial_server, run_constants
+from fslora_jax.federation.setup import (
+    Federation,
+    federation_of,
+    initial_server,
+    load_task,
+    run_constants,
+    set_up,
+)
 from fslora_jax.methods import Client, Combined, Method, Server
 from fslora_jax.models.turned import narrowed, with_turned
+from fslora_jax.sharding import CLIENTS
 from fslora_jax.types import Local
 
 Round = Callable[[], object]
@@ -117,15 +128,17 @@ def drjax_map(config: Config, federation: Federation) -> Round:
     except ImportError:
         raise UserError("engine 'drjax': drjax is not installed; pip install 'fslora_jax[bench]'") from None
     config, federation = with_layout(config, federation, tiered=False, chunks=1)
-    method, products = federation.method, config.model.products
+    method, products, mesh = federation.method, config.model.products, federation.mesh
     base = narrowed(federation.task.base, products)  # a copy for each client: turned kernels only cost
     server, (keys, rates) = initial_server(config, federation), run_constants(config, federation.mesh)
-    cohort = jax.tree.map(lambda x: x[0, 0], cohort_of(config, federation, 0))
+    cohort = cohort_of(config, federation, 0)
     sketch_key, network_key = (jax.random.fold_in(key, 0) for key in (keys.sketch, keys.network))
     local_steps = partial(train, federation.task.model.score, federation.optimizer, rates=rates)
 
-    @drjax.program(placements={"clients": len(federation.cohort(0))})
-    def program(base, server, clients, batches):
+    slots = cohort.clients.id.size
+
+    @drjax.program(placements={CLIENTS: slots})
+    def program(base, server, cohort):
         def one_client(base, server, client, batch):
             given = method.download(
                 jax.random.fold_in(sketch_key, client.id), server, client, federation.spec.r
@@ -134,12 +147,18 @@ def drjax_map(config: Config, federation: Federation) -> Round:
             (after,), _ = local_steps(base, [given], batch, jnp.int32(0), None)
             return sent(method, network_key, server, given, after, jax.tree.map(lambda x: x[None], client))
 
+        clients, batches = jax.tree.map(lambda x: x.reshape(slots, *x.shape[3:]), cohort)
         shared = drjax.broadcast((base, server))
         uploads = drjax.map_fn(one_client, (*shared, clients, batches))
         return method.update(keys.server, server, drjax.reduce_sum(uploads))
 
     step = jax.jit(program, compiler_options=compiler_options(products))
-    return lambda: jax.block_until_ready(step(base, server, *cohort))
+
+    def one_round() -> Server:
+        with nullcontext() if mesh is None else jax.set_mesh(mesh):
+            return jax.block_until_ready(step(base, server, cohort))
+
+    return one_round
 
 
 ENGINES: dict[str, Callable[[Config, Federation], Round]] = {
@@ -151,3 +170,14 @@ ENGINES: dict[str, Callable[[Config, Federation], Round]] = {
     "torch": partial(torch_engine, pad_to_max=False),
     "torch-padded": partial(torch_engine, pad_to_max=True),
 }
+
+ONE_BY_ONE = ("loop", "torch", "torch-padded")
+"""Engines whose clients take turns: each client has the whole machine, as one device with all its cores."""
+
+
+def engine_round(engine: str, config: Config) -> tuple[Federation, Round]:
+    """What an engine computes with, and its round."""
+    federation = (
+        federation_of(config, load_task(config, None), None) if engine in ONE_BY_ONE else set_up(config)
+    )
+    return federation, ENGINES[engine](config, federation)

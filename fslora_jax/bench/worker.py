@@ -10,21 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fslora_jax.bench.engines import ENGINES
+from fslora_jax.bench.engines import engine_round
 from fslora_jax.bench.work import work_of
-from fslora_jax.config import load_config
+from fslora_jax.config import ModelConfig, load_config
 from fslora_jax.errors import UserError
-from fslora_jax.federation.setup import set_up
 
 PRODUCTS = 8
 """Matrix products of a measurement of the machine's best rate."""
 
 
-def matmul_rate(dtype: str) -> float:
-    """FLOP/s of a large matrix product: best of a few tries."""
+def matmul_rate(model: ModelConfig) -> float:
+    """FLOP/s of a large matrix product in the model's precision: best of a few tries."""
     n = 8192 if jax.default_backend() != "cpu" else 2048
-    a = jnp.ones((n, n), dtype)
-    product = jax.jit(lambda a: a @ a).lower(a).compile()
+    factors, result = (model.dtype,) * 2 if model.products == "same" else (model.products, model.dtype)
+    a = jnp.ones((n, n), factors)
+    product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.dtype(result))).lower(a).compile()
     product(a).block_until_ready()
     seconds = []
     for _ in range(PRODUCTS):
@@ -51,12 +51,11 @@ def main() -> None:
     engine, path = sys.argv[1:]
     try:
         config = load_config(Path(path))
-        federation = set_up(config)
-        one_round = ENGINES[engine](config, federation)
+        federation, one_round = engine_round(engine, config)
         say({"work": work_of(federation)._asdict(), "fill": federation.shape._asdict()})
         for command in sys.stdin:
             if command.strip() == "rate":
-                say({"flops_per_second": matmul_rate(config.model.dtype)})
+                say({"flops_per_second": matmul_rate(config.model)})
             elif command.strip() == "peak":
                 say({"peak_bytes": peak_bytes()})
             else:

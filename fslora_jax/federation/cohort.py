@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from fslora_jax.random import Purpose, host_rng
 
@@ -81,9 +82,21 @@ def plan_layout(
     return Layout(tuple(caps.tolist()), lanes)
 
 
-def place(cohort: np.ndarray, ranks: np.ndarray, layout: Layout) -> np.ndarray:
-    """Client ids by ``(lane, slot)``, largest ranks in the first slots, ``EMPTY`` where none is left."""
-    by_rank = cohort[np.argsort(-ranks[cohort], kind="stable")]
-    ids = np.full(len(layout.caps) * layout.lanes, EMPTY)
-    ids[: len(by_rank)] = by_rank
-    return ids.reshape(len(layout.caps), layout.lanes).T
+def place(
+    ranks: Int[np.ndarray, " cohort"], loads: Int[np.ndarray, " cohort"], layout: Layout
+) -> Int[np.ndarray, "lanes slots"]:
+    """Which client of the cohort sits in which slot, ``EMPTY`` where none is left.
+
+    A lane takes the time of its fullest client, so in a tier those of like ``loads`` (tokens of the round) share one;
+    the first lanes are the fullest.
+
+    >>> place(np.array([8, 8, 8, 8]), np.array([50, 90, 60, 80]), Layout((8, 8), lanes=2)).tolist()
+    [[1, 3], [2, 0]]
+    """
+    by_rank = np.full(len(layout.caps) * layout.lanes, EMPTY)
+    by_rank[: len(ranks)] = np.argsort(-ranks, kind="stable")
+    loads = np.append(loads, -1)  # of EMPTY, the last one
+    ends = np.cumsum([count * layout.lanes for _, count in layout.tiers])
+    tiers = np.split(by_rank, ends[:-1])
+    sorted_tiers = [tier[np.argsort(-loads[tier], kind="stable")] for tier in tiers]
+    return np.concatenate([tier.reshape(layout.lanes, -1) for tier in sorted_tiers], axis=1)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 
 from fslora_jax.data import packing
 from fslora_jax.data.batches import FILLER, BatchShape, make_batch, shape_for, stream
@@ -89,20 +89,18 @@ def round_seconds(population: Population, steps: Steps, ids: Ids, round: int) ->
 def local_examples(
     population: Population,
     steps: Steps,
-    ids: Int[np.ndarray, "*slots"],
+    ids: Int[np.ndarray, "*clients"],
     round: int,
-    done: Int[np.ndarray, "*slots"] | None = None,
-) -> Int[np.ndarray, "*slots H E"]:
-    """The examples of each client's local steps in a round; fillers in an empty slot and in steps not done.
+    done: Int[np.ndarray, "*clients"] | None = None,
+) -> Int[np.ndarray, "*clients H E"]:
+    """The examples of each client's local steps in a round; fillers in steps not done.
 
     ``done`` are the steps that count, by default all that each client does.
     """
     count = steps.local_steps * steps.batch_size
     done = steps.done(len(population.ranks), round)[ids] if done is None else done
     windows = [
-        np.full(count, FILLER)
-        if client == EMPTY
-        else stream(population.examples[client], steps.seed, client, round * count, count)
+        stream(population.examples[client], steps.seed, client, round * count, count)
         for client in ids.ravel().tolist()
     ]
     chosen = np.array(windows).reshape(*ids.shape, count)
@@ -147,9 +145,8 @@ def best_row_length(
     start = -(-longest // 8) * 8
     if not steps.packing:
         return start
-    lanes = [place(cohort(t), population.ranks, layout) for t in range(min(rounds, 8))]
-    chosen = [local_examples(population, steps, ids, t) for t, ids in enumerate(lanes)]
-    lengths = [np.where(c == FILLER, 0, population.store.lengths_of(c)) for c in chosen]
+    seated = [seat(population, steps, layout, cohort(t), t) for t in range(min(rounds, 8))]
+    lengths = [lengths_of(population, examples) for _, examples in seated]
 
     def cost(row_length: int) -> float:
         needed = 1 + np.array([packing.pack(of_round, row_length).max(axis=-1) for of_round in lengths])
@@ -259,23 +256,40 @@ def host_cohort(
     mesh: Mesh | None,
 ) -> Cohort:
     """`make_cohort` before it is placed: NumPy arrays, of this process's groups alone."""
-    lanes, by_id = place(ids, population.ranks, layout), np.argsort(ids)
-    taken, done = lanes != EMPTY, np.zeros(lanes.shape, int)
-    places = by_id[np.searchsorted(ids, lanes[taken], sorter=by_id)]
-    done[taken] = counted_steps(population, steps, ids, round)[places]
-    shares = np.where(done > 0, population.shares[lanes], 0.0)
-    ranks = np.where(taken, population.ranks[lanes], 1)
-    weights = shares / (shares.sum() or 1.0)  # where all fail, nothing is averaged
-    clients = Client._make((lanes.astype(np.int32), ranks.astype(np.int32), weights.astype(np.float32), {}))
-    groups, here = layout.lanes // chunks, slice(None) if mesh is None else groups_here(mesh)
-    chosen = local_examples(population, steps, lanes, round, done)
+    clients, chosen = seat(population, steps, layout, ids, round)
     needed = shape_for(population.store, chosen, shape.row_length, steps.packing)
     shape = fitting(shape, needed, steps.row_multiple)
-    mine, chosen = jax.tree.map(
-        lambda x: x.reshape(groups, chunks, -1, *x.shape[2:])[here], (clients, chosen)
-    )
+    groups, here = layout.lanes // chunks, slice(None) if mesh is None else groups_here(mesh)
+    mine, chosen = jax.tree.map(lambda x: dealt(x, groups)[here], (clients, chosen))
     batches = make_batch(population.store, population.labels, chosen, shape, steps.packing)
     return Cohort(mine, batches)
+
+
+def seat(
+    population: Population, steps: Steps, layout: Layout, ids: Ids, round: int
+) -> tuple[Client, Int[np.ndarray, "lanes slots H E"]]:
+    """The clients of a cohort in their slots, weighted, and the examples of each one's local steps."""
+    done = counted_steps(population, steps, ids, round)
+    chosen = local_examples(population, steps, ids, round, done)
+    seats = place(population.ranks[ids], lengths_of(population, chosen).sum((1, 2)), layout)
+    taken = seats != EMPTY
+    shares = np.where(taken & (done[seats] > 0), population.shares[ids][seats], 0.0)
+    weights = shares / (shares.sum() or 1.0)  # where all fail, nothing is averaged
+    who = np.where(taken, ids[seats], EMPTY).astype(np.int32)
+    ranks = np.where(taken, population.ranks[ids][seats], 1).astype(np.int32)
+    clients = Client._make((who, ranks, weights.astype(np.float32), {}))
+    return clients, np.where(taken[..., None, None], chosen[seats], FILLER)
+
+
+def dealt(lanes: Shaped[np.ndarray, "lanes ..."], groups: int) -> Shaped[np.ndarray, "groups chunks ..."]:
+    """Lanes by group of devices, there and back, so that each group has its share of full ones.
+
+    >>> dealt(np.arange(4), groups=2).tolist()
+    [[0, 3], [1, 2]]
+    """
+    by_chunk = lanes.reshape(-1, groups, *lanes.shape[1:]).copy()
+    by_chunk[1::2] = by_chunk[1::2, ::-1].copy()
+    return np.swapaxes(by_chunk, 0, 1)
 
 
 def placed(cohort: Cohort, groups: int, mesh: Mesh | None, axis: int = 0) -> Cohort:
@@ -289,6 +303,11 @@ def placed(cohort: Cohort, groups: int, mesh: Mesh | None, axis: int = 0) -> Coh
         return jax.make_array_from_process_local_data(sharding, x, shape)
 
     return jax.tree.map(place_one, cohort)
+
+
+def lengths_of(population: Population, examples: Int[np.ndarray, "*some"]) -> Int[np.ndarray, "*some"]:
+    """The tokens of some examples, none of a filler."""
+    return np.where(examples == FILLER, 0, population.store.lengths_of(examples))
 
 
 def _examples_of(population: Population, steps: Steps, ids: Ids, round: int) -> Int[np.ndarray, "C H E"]:

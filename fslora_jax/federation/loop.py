@@ -19,7 +19,7 @@ from fslora_jax.federation.meter import speed_of
 from fslora_jax.federation.method import check_method
 from fslora_jax.federation.round import Cohort
 from fslora_jax.federation.running import Running
-from fslora_jax.federation.setup import Federation, set_up
+from fslora_jax.federation.setup import Federation, set_up, settle_devices
 from fslora_jax.federation.summary import draw_partition, told_truncated, write_results
 from fslora_jax.federation.together import alike, cohorts_together, joined, parted, start_of
 from fslora_jax.preemption import Preempted, watching
@@ -64,6 +64,7 @@ def run_together(runs: Sequence[tuple[Config, Path]], display: Display) -> dict[
       UserError, Preempted: as in `run`.
     """
     failures: dict[Path, UserError] = {}
+    settle_devices(runs[0][0])
     with ExitStack() as stack:
         opened = []
         for config, run_dir in runs:

@@ -14,7 +14,7 @@ from fslora_jax.config import Config
 from fslora_jax.data.batches import FILLER, deal_out, make_batch, shape_for
 from fslora_jax.data.tokens import TokenStore
 from fslora_jax.evaluate import Answers, gather
-from fslora_jax.federation.cohort import EMPTY, Layout, place, plan_layout
+from fslora_jax.federation.cohort import EMPTY, Layout, plan_layout
 from fslora_jax.federation.feed import make_cohort
 from fslora_jax.federation.memories import Memories, remembering
 from fslora_jax.federation.method import is_tiered
@@ -67,8 +67,7 @@ def score_own(
             mesh=federation.mesh,
         )
         held = trained(base, server, constants, remembering(cohort, memories))
-        lanes = place(ids, federation.task.population.ranks, layout)
-        for rows in by_slot(mine, lanes):
+        for rows in by_slot(mine, fetch(cohort.clients.id)[:, 0]):
             batch = make_batch(store, labels, rows, shape, steps.packing)
             scores.append(fetch(scored(base, held, jax.device_put(batch, over_clients(federation.mesh)))))
             slots.append(rows)

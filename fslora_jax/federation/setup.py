@@ -13,6 +13,7 @@ from jaxtyping import Array, PyTree
 
 from fslora_jax import hub
 from fslora_jax.adapters.spec import model_spec
+from fslora_jax.backend import split_cpu
 from fslora_jax.config import Config
 from fslora_jax.data.batches import BatchShape, make_batch
 from fslora_jax.data.examples import Examples
@@ -170,8 +171,24 @@ def set_up(config: Config, beside: Federation | None = None) -> Federation:
     Raises:
       UserError: a model, file, target or client does not fit the config.
     """
-    mesh = make_mesh(config.mesh.clients, config.mesh.fsdp, config.mesh.tensor, jax.devices())
+    mesh = mesh_of(config)
     return federation_of(config, load_task(config, mesh, beside and beside.task), mesh)
+
+
+def settle_devices(config: Config) -> None:
+    """Has JAX count the CPU as the config says, before anything asks JAX for its devices."""
+    if config.mesh.cpu_devices is not None:
+        split_cpu(config.mesh.cpu_devices, config.clients_per_round)
+
+
+def mesh_of(config: Config) -> Mesh | None:
+    """The mesh over all devices; None for a single one.
+
+    Raises:
+      UserError: they are not as many as the config says.
+    """
+    settle_devices(config)
+    return make_mesh(config.mesh.clients, config.mesh.fsdp, config.mesh.tensor, jax.devices())
 
 
 def federation_of(config: Config, task: Task, mesh: Mesh | None) -> Federation:

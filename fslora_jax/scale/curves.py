@@ -88,7 +88,7 @@ def by_length(config: Config, length: int) -> list[Point]:
 def by_devices(config: Config, devices: int) -> list[Point]:
     """The config's clients on more devices, and as many on each; also with the devices in two processes."""
     clients = config.clients_per_round
-    spread = partial(changed, mesh={"clients": -1, "fsdp": 1, "tensor": 1})
+    spread = partial(changed, mesh={"clients": -1, "fsdp": 1, "tensor": 1, "cpu_devices": None})
     lines = {"strong": clients, "weak": clients * devices}
     alone = [Point(n, devices, spread(of_clients(config, c, devices)), devices) for n, c in lines.items()]
     if devices % 2:

@@ -11,17 +11,17 @@ from fslora_jax.data.partition import Partition
 from fslora_jax.data.tokens import TokenStore
 from fslora_jax.federation.feed import Population
 from fslora_jax.federation.resources import resources
-from fslora_jax.federation.setup import Federation, Task, federation_of
+from fslora_jax.federation.setup import Federation, Task, federation_of, mesh_of
 from fslora_jax.models import Model
 from fslora_jax.random import Purpose, device_key, host_rng
-from fslora_jax.sharding import base_shardings, make_mesh
+from fslora_jax.sharding import base_shardings
 
 LABELS = 2
 
 
 def made_federation(config: Config, model: Model) -> Federation:
     """All that a run of the config computes with; there is nothing to evaluate on."""
-    mesh = make_mesh(config.mesh.clients, config.mesh.fsdp, config.mesh.tensor, jax.devices())
+    mesh = mesh_of(config)
     return federation_of(config, made_task(config, model, mesh), mesh)
 
 
