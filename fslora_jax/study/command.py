@@ -16,6 +16,7 @@ from rich.table import Table
 from fslora_jax.arguments import parse
 from fslora_jax.display import TerminalDisplay
 from fslora_jax.errors import UserError
+from fslora_jax.federation.setup import settle_devices
 from fslora_jax.metrics import headline
 from fslora_jax.study.estimate import rates, rounds_left, seconds_left, start_seconds, told_time
 from fslora_jax.study.points import TRIALS, Point, Study, load_study, with_trials
@@ -75,6 +76,7 @@ def study_command(argv: Sequence[str]) -> None:
     chosen = args.grids or list(study.grids)
     points = [point for point in everything if point.grid in chosen]
     mine = part_of(points, args.part)
+    settle_devices(points[0].config)
     console = Console(stderr=True)
     console.print(plan_table(args.out, points, args.together))
     if args.plan:
