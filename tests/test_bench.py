@@ -11,7 +11,7 @@ import runs
 from fslora_jax.adapters.write import named_tensors
 from fslora_jax.bench.compare import compare
 from fslora_jax.bench.engines import ENGINES
-from fslora_jax.bench.work import work_of
+from fslora_jax.bench.work import fill_of, work_of
 from fslora_jax.config import make_config
 from fslora_jax.federation.setup import initial_server, set_up
 
@@ -90,12 +90,22 @@ def test_work_counts_real_tokens_and_the_models_products(world):
     assert len(population.ranks) == 5
 
 
+def test_the_fill_is_of_all_rows_without_passes_and_of_those_needed_with_them(world):
+    config, federation = prepare(world)
+    shape, work = federation.shape, work_of(federation)
+    steps = config.federation.local_steps
+    assert fill_of(config, federation) == work.tokens / (5 * steps * shape.rows * shape.row_length)
+    passes = prepare(world, federation__rows_per_pass=1, federation__cohort_chunks=5)
+    assert fill_of(*passes) > fill_of(config, federation)
+
+
 def test_a_comparison_takes_turns_in_processes_of_their_own(world):
     config, _ = prepare(world)
     told = []
     record = compare(config, ["tiered", "loop"], repeats=2, device="cpu", tell=told.append)
     assert json.loads(json.dumps(record)) == record
     assert set(record["engines"]) == {"tiered", "loop"}
+    assert 0.25 < record["fill"] <= 1
     for row in record["engines"].values():
         assert len(row["seconds"]) == 2
         assert row["peak_bytes"] > 1e7

@@ -60,7 +60,8 @@ def print_table(record: dict[str, Any]) -> None:
     work, rows = record["work"], record["engines"]
     first = next(iter(rows))
     table = Table(
-        title=f"one round: {work['clients']} clients, {work['examples']} examples, {work['tokens']} real tokens",
+        title=f"one round: {work['clients']} clients, {work['examples']} examples, {work['tokens']} real tokens; "
+        f"fill of our packed rows {record['fill']:.0%}",
         title_justify="left",
     )
     heads = ("seconds", "compile s", "tokens/s", "clients/s", "peak GB", "of best matmul", f"time / {first}")

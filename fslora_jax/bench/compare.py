@@ -107,7 +107,7 @@ def compare(
 
     Returns a JSON-able record: for each engine seconds of every repetition, seconds of compilation, tokens and clients
     per second, peak bytes, the part of the machine's best matrix-product rate; and the median of the paired
-    ratios of each engine's time to the first one's.
+    ratios of each engine's time to the first one's. ``fill``: real tokens in those that this package computes with.
     """
     with started(engines, config, device) as workers:
         facts, first, seconds = {}, {}, {engine: [] for engine in engines}
@@ -136,7 +136,13 @@ def compare(
             "of_best_matmul": work["flops"] / typical / rate,
             f"time_over_{engines[0]}": float(np.median(ratios)),
         }
-    return {"machine": machine(), "work": work, "best_matmul_flops_per_second": rate, "engines": rows}
+    return {
+        "machine": machine(),
+        "work": work,
+        "fill": facts[engines[0]]["fill"],
+        "best_matmul_flops_per_second": rate,
+        "engines": rows,
+    }
 
 
 def machine() -> dict[str, Any]:

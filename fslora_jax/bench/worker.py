@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fslora_jax.bench.engines import engine_round
-from fslora_jax.bench.work import work_of
+from fslora_jax.bench.work import fill_of, work_of
 from fslora_jax.config import ModelConfig, load_config
 from fslora_jax.errors import UserError
 
@@ -52,7 +52,7 @@ def main() -> None:
     try:
         config = load_config(Path(path))
         federation, one_round = engine_round(engine, config)
-        say({"work": work_of(federation)._asdict(), "fill": federation.shape._asdict()})
+        say({"work": work_of(federation)._asdict(), "fill": fill_of(config, federation)})
         for command in sys.stdin:
             if command.strip() == "rate":
                 say({"flops_per_second": matmul_rate(config.model)})
