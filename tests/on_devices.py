@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 import toy
 from compare import check_with_oracle, close, flat, fslora_with
 from contract_methods import check_with_hand, replayed
@@ -19,6 +20,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
+from fslora_jax.bench.engines import engine_round
+from fslora_jax.config import make_config
 from fslora_jax.federation.cohort import plan_layout
 from fslora_jax.federation.feed import make_cohort
 from fslora_jax.federation.local import ClientOptimizer
@@ -167,3 +170,18 @@ def test_weights_are_placed_by_path_and_read_once_and_only_where_they_live(tmp_p
     kernel = base["layers"]["linear"]["attention.self.query"]["kernel"]
     assert kernel.sharding.spec == P(None, "fsdp", "tensor")
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 8, 8)}
+
+
+def test_engines_of_the_benchmark_do_the_same_round(tmp_path):
+    """DrJAX spreads its clients over all devices, three of them for nobody; a Python loop has one device."""
+    changes = {"lora__lora_dropout": 0.0, "federation__clients_per_round": None, "server_optimizer": {}}
+    config = make_config(runs.settings(runs.make_world(tmp_path), **changes), "test")
+    played = {name: engine_round(name, config) for name in ("tiered", "drjax", "loop")}
+    assert {name: f.mesh and f.mesh.size for name, (f, _) in played.items()} == {
+        "tiered": 8,
+        "drjax": 8,
+        "loop": None,
+    }
+    expected, *others = (jax.device_get(one_round().weights) for _, one_round in played.values())
+    for found in others:
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), found, expected)
