@@ -1,4 +1,4 @@
-"""What made a result: a fingerprint of this package's code, and the versions of what computes with it."""
+"""What made a result: fingerprints of this package's code and of the data, and the versions of what computes."""
 
 import hashlib
 import platform
@@ -6,6 +6,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 COMPUTE = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers")
 """Packages whose version may change numbers."""
@@ -18,6 +20,19 @@ def code_fingerprint() -> str:
     for path in sorted(root.rglob("*.py")):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]
+
+
+def fingerprint_of(*arrays: np.ndarray) -> str:
+    """Twelve hexadecimal digits of some arrays, by type, shape and content.
+
+    >>> fingerprint_of(np.arange(3)) == fingerprint_of(np.arange(3)) != fingerprint_of(np.arange(4))
+    True
+    """
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:12]
 
 

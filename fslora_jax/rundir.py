@@ -1,7 +1,7 @@
 """A run folder: config.yaml, metrics.jsonl, timings.jsonl, checkpoints/, adapter/, figures/, summary.json.
 
-``made_by.json`` says which code began it. A run that starts from an adapter keeps a copy in start/; where clients
-remember something, that is in clients/.
+``made_by.json`` says which code began it, on which data. A run that starts from an adapter keeps a copy in start/;
+where clients remember something, that is in clients/.
 """
 
 import json
@@ -66,6 +66,23 @@ def keep_start(run_dir: Path, config: Config) -> None:
     for path in sorted(Path(config.lora.init_from).glob("adapter_*")):
         shutil.copyfile(path, fresh / path.name)
     fresh.rename(run_dir / START)
+
+
+def keep_data(run_dir: Path, fingerprint: str) -> None:
+    """Notes on which data a run trains, which must be the same when it goes on.
+
+    Raises:
+      UserError: they are others than it was begun with.
+    """
+    made_by = read_mapping(run_dir / MADE_BY) if (run_dir / MADE_BY).exists() else {}
+    known = made_by.get("data", fingerprint)
+    if known != fingerprint and (run_dir / METRICS).exists():
+        raise UserError(
+            f"{run_dir}: was begun with other data (fingerprint {known}, now {fingerprint}); put back what data.name "
+            "and data.test_name held, or choose another --run-dir"
+        )
+    if made_by.get("data") != fingerprint:
+        write_atomically(run_dir / MADE_BY, json.dumps(made_by | {"data": fingerprint}, indent=1) + "\n")
 
 
 class InUse(UserError):

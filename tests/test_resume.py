@@ -179,6 +179,25 @@ def test_before_any_file_operation_a_kill_changes_nothing(world, finished, tmp_p
             assert (moment / name).read_bytes() == wanted[name], (moment.name, name)
 
 
+def test_a_run_goes_on_with_its_own_data_only(world, tmp_path, capsys):
+    """Texts of another seed are refused, in training or in testing; those it was begun with, put back, are not."""
+    run, texts = tmp_path / "run", tmp_path / "texts.csv"
+    held_out = tmp_path / "held_out.csv"
+    for path in (texts, held_out):
+        shutil.copyfile(world.data, path)
+    changes = {"data__name": str(texts), "data__test_name": str(held_out)}
+    runs.train(world, run, **changes)
+    before = runs.results(run)
+    (run / "summary.json").unlink()
+    for path in (texts, held_out):
+        runs.write_texts(path, seed=1)
+        said = runs.mistake(world, capsys, "train", run.with_suffix(".yaml"), "--run-dir", run)
+        assert "was begun with other data (fingerprint " in said
+        shutil.copyfile(world.data, path)
+    runs.train(world, run, **changes)
+    assert runs.results(run) == before
+
+
 def test_a_finished_run_is_not_run_again(world, finished, capsys):
     before = runs.snapshot(finished)
     runs.call(world, "train", finished.with_suffix(".yaml"), "--run-dir", finished)

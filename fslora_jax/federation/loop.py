@@ -19,12 +19,12 @@ from fslora_jax.federation.meter import speed_of
 from fslora_jax.federation.method import check_method
 from fslora_jax.federation.round import Cohort
 from fslora_jax.federation.running import Running
-from fslora_jax.federation.setup import Federation, set_up, settle_devices
+from fslora_jax.federation.setup import Federation, data_fingerprint, set_up, settle_devices
 from fslora_jax.federation.summary import draw_partition, told_truncated, write_results
 from fslora_jax.federation.together import alike, cohorts_together, joined, parted, start_of
 from fslora_jax.preemption import Preempted, watching
 from fslora_jax.processes import leader_first, seconds_of
-from fslora_jax.rundir import InUse, keep_start, open_run, own_start, read_summary
+from fslora_jax.rundir import InUse, keep_data, keep_start, open_run, own_start, read_summary
 from fslora_jax.watchdog import watchdog
 
 At = Callable[[int, str], None]
@@ -110,6 +110,7 @@ def prepared(opened: Sequence[tuple[Config, Path]], display: Display, stack: Exi
         federations.append(loaded[start])
         seconds.append(time.perf_counter() - started)
         leader_first(partial(keep_start, run_dir, config))
+        leader_first(partial(keep_data, run_dir, data_fingerprint(loaded[start].task)))
         if cut := told_truncated(config, federations[-1]):
             display.stage(cut)
         leader_first(partial(draw_partition, federations[-1], run_dir))

@@ -40,6 +40,7 @@ from fslora_jax.federation.round import Constants, constants_of
 from fslora_jax.federation.start import start_server, starting_point
 from fslora_jax.methods import Method, Server, Spec, whole
 from fslora_jax.models import Model, load_model, shifted
+from fslora_jax.provenance import fingerprint_of
 from fslora_jax.random import Purpose, host_rng
 from fslora_jax.sharding import base_sharding, client_groups, make_mesh, replicated
 from fslora_jax.types import Batch, Trainable
@@ -103,6 +104,14 @@ def load_task(config: Config, mesh: Mesh | None, beside: Task | None = None) -> 
     held = tokenise_held_out(folder, model, test, config.data)
     metrics, marks = TASKS[config.data.task].metrics, marks_of(config, train)
     return Task(model, base, train.label_names, metrics, population, held, marks)
+
+
+def data_fingerprint(task: Task) -> str:
+    """Of all that is trained and tested on, as tokens."""
+    store, test = task.population.store, task.test
+    tested = np.sort(test.batches.tokens[test.batches.segments > 0])  # however they are packed
+    known = (store.tokens, store.offsets, store.types, store.learned, task.population.labels)
+    return fingerprint_of(*map(np.asarray, (*known, tested, test.owner, test.labels)))
 
 
 def load_base(config: Config, folder: Path, num_labels: int, mesh: Mesh | None) -> tuple[Model, PyTree]:
