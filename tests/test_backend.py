@@ -36,9 +36,7 @@ def test_only_an_idle_libtpu_is_left_alone(monkeypatch, packages, devices, asked
     assert os.environ["JAX_PLATFORMS"] == ("cpu" if (asked, expected) == (None, "cpu") else "before")
 
 
-@pytest.mark.parametrize(
-    ("asked", "most", "cores", "expected"), [(3, 2, 1, 3), (-1, 8, 1, 1), (-1, 8, 4, 4), (-1, 2, 4, 2)]
-)
+@pytest.mark.parametrize(("asked", "most", "cores", "expected"), [(3, 2, 1, 3), (-1, 8, 4, 4), (-1, 2, 4, 2)])
 def test_a_cpu_counts_as_many_devices_as_asked_or_cores(asked, most, cores, expected):
     code = f"""
 import os
