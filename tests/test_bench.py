@@ -10,9 +10,10 @@ import runs
 
 from fslora_jax.adapters.write import named_tensors
 from fslora_jax.bench.compare import compare
-from fslora_jax.bench.engines import ENGINES
+from fslora_jax.bench.engines import ENGINES, engine_round
 from fslora_jax.bench.work import fill_of, work_of
 from fslora_jax.config import make_config
+from fslora_jax.errors import UserError
 from fslora_jax.federation.setup import initial_server, set_up
 
 PLAIN = {"lora__lora_dropout": 0.0, "federation__clients_per_round": None, "server_optimizer": {}}
@@ -111,6 +112,15 @@ def test_a_comparison_takes_turns_in_processes_of_their_own(world):
         assert row["peak_bytes"] > 1e7
     assert record["engines"]["tiered"]["time_over_tiered"] == 1.0
     assert [text.split(": ")[1] for text in told[2:]] == ["tiered", "loop"] * 2
+
+
+def test_clients_that_remember(world):
+    """In a first round HetLoRA's clients remember nothing yet, and its layouts do the same."""
+    config = make_config(runs.settings(world, **PLAIN, federation__method="hetlora"), "test")
+    found, expected = (engine_round(engine, config)[1]().weights for engine in ("masked", "tiered"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+    with pytest.raises(UserError, match="engine 'loop': it has no memory for clients, which hetlora needs"):
+        engine_round("loop", config)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,13 @@ Where there are several devices all spread the clients over them, but for those 
 | `torch-padded`  | the same, padded to `data.max_length`, as the method's authors do                         |
 """
 
+import atexit
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +33,13 @@ from fslora_jax.federation.calls import cohort_of, compile_round
 from fslora_jax.federation.cohort import plan_layout
 from fslora_jax.federation.feed import make_cohort
 from fslora_jax.federation.local import train
+from fslora_jax.federation.memories import remembering
 from fslora_jax.federation.setup import (
     Federation,
     federation_of,
     initial_server,
     load_task,
+    open_memories,
     run_constants,
     set_up,
 )
@@ -64,10 +70,12 @@ def compiled(config: Config, federation: Federation, *, tiered: bool, chunks: in
     chunks = config.federation.cohort_chunks if chunks is None else chunks
     config, federation = with_layout(config, federation, tiered=tiered, chunks=chunks)
     server, constants = initial_server(config, federation), run_constants(config, federation.mesh)
-    programs = []
+    folder, programs = Path(mkdtemp()), []
+    atexit.register(rmtree, folder, ignore_errors=True)
+    memories = open_memories(config, federation, server, folder)
 
     def one_round() -> Server:
-        cohort = cohort_of(config, federation, 0)
+        cohort = remembering(cohort_of(config, federation, 0), memories)
         if not programs:
             programs.append(compile_round(config, federation, server, constants, cohort)[0])
         return jax.block_until_ready(programs[0](federation.task.base, server, constants, cohort)[0])
@@ -171,13 +179,20 @@ ENGINES: dict[str, Callable[[Config, Federation], Round]] = {
     "torch-padded": partial(torch_engine, pad_to_max=True),
 }
 
+OURS = ("tiered", "masked", "unchunked")
+"""This package's round, whatever the method."""
+
 ONE_BY_ONE = ("loop", "torch", "torch-padded")
 """Engines whose clients take turns: each client has the whole machine, as one device with all its cores."""
 
 
 def engine_round(engine: str, config: Config) -> tuple[Federation, Round]:
     """What an engine computes with, and its round."""
-    federation = (
-        federation_of(config, load_task(config, None), None) if engine in ONE_BY_ONE else set_up(config)
-    )
+    alone = engine in ONE_BY_ONE
+    federation = federation_of(config, load_task(config, None), None) if alone else set_up(config)
+    if engine not in OURS and federation.method.first_memory is not None:
+        raise UserError(
+            f"engine {engine!r}: it has no memory for clients, which {config.federation.method} needs; "
+            f"expected some of {', '.join(OURS)}"
+        )
     return federation, ENGINES[engine](config, federation)
