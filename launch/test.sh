@@ -29,5 +29,4 @@ trap 'rm -rf "$run"' EXIT
 "$bin/fslora" export "$run/run" --out "$run/client" --client 3
 
 say tests and examples
-# One worker more than cores, as some tests wait for processes and timeouts.
-"$bin/pytest" -n $(($(nproc) + 1)) --dist loadfile --durations 40 --doctest-modules fslora_jax tests
+"$bin/pytest" -n auto --dist loadfile --durations 20 --doctest-modules fslora_jax tests
