@@ -8,7 +8,7 @@ from examples import assert_close
 from jax.sharding import Mesh
 
 from fslora_jax.models.attention import LOW, attention
-from fslora_jax.models.turned import TURNED, frozen_product, narrowed, with_turned
+from fslora_jax.models.turned import TURNED, frozen_logits, frozen_product, narrowed, with_turned
 
 HEAD, LENGTH = 4, 9
 
@@ -85,6 +85,23 @@ def test_a_narrow_kernel_meets_narrow_factors_and_sums_stay_wide():
     np.testing.assert_allclose(y, exact[0] @ exact[1], atol=1e-3)
     np.testing.assert_allclose(back(jnp.asarray(towards))[0], exact[2] @ exact[1].T, atol=1e-4)
     assert 0.01 < np.abs(y - x @ kernel).max() < 2  # the factors did lose digits
+
+
+@pytest.mark.parametrize(("dtype", "near"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_logits_are_wide_and_their_gradient_has_narrow_factors(dtype, near):
+    rng = np.random.default_rng(0)
+    x, table, towards = (rng.normal(size=s).astype(np.float32) for s in ((2, 3, 64), (64, 50), (2, 3, 50)))
+    logits, back = jax.vjp(frozen_logits, jnp.asarray(x, dtype), jnp.asarray(table, dtype))
+    to_x, to_table = back(jnp.asarray(towards))
+    assert (logits.dtype, to_x.dtype) == (jnp.float32, dtype)
+    exact = [np.asarray(jnp.asarray(m, dtype), np.float64) for m in (x, table, towards)]
+    np.testing.assert_allclose(logits, exact[0] @ exact[1], atol=1e-4)
+    np.testing.assert_allclose(np.asarray(to_x, np.float64), exact[2] @ exact[1].T, atol=near * 8)
+    assert (to_table == 0).all()
+    (product,) = (
+        e for e in jax.make_jaxpr(back)(jnp.asarray(towards)).eqns if e.primitive.name == "dot_general"
+    )
+    assert {factor.aval.dtype for factor in product.invars} == {jnp.dtype(dtype)}
 
 
 def test_only_kernels_that_are_not_packed_are_narrowed():

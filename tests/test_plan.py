@@ -110,7 +110,8 @@ def model_of(config, **options):
 
 
 def traced(config):
-    model = model_of(config)
+    chosen = config.model
+    model = model_of(config, dtype=chosen.dtype, attention=chosen.attention, remat=chosen.remat)
     layout = layout_of(config, model, config.federation.cohort_chunks)
     arguments = abstract_arguments(config, model, BatchShape(3, 12, 0), layout)
     return jax.jit(round_of(config, model, layout, None)).trace(*arguments)
@@ -189,11 +190,31 @@ def gpu(monkeypatch):
     ],
 )
 def test_flash_attention_is_in_the_program_for_a_gpu(gpu, attention, dtype, flash):
-    """Forward, and backward once, in the scanned layer; nothing else leaves XLA."""
+    """Forward and backward; nothing else leaves XLA."""
     config = tiny(model={"name": "m", "attention": attention, "dtype": dtype})
     _, calls = exported("cuda", config)
-    assert (set(calls) == set(CUDNN)) if flash else not calls
-    assert calls[CUDNN[1]] == int(flash)
+    assert set(calls) == (set(CUDNN) if flash else set())
+
+
+def operations(jaxpr):
+    """Of a program, the bodies of loops once."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+            if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
+                yield from operations(inner)
+
+
+@pytest.mark.parametrize(("remat", "times"), [("none", 1), ("frozen", 1), ("full", 2)])
+def test_the_gradient_of_flash_attention_has_what_it_gave(gpu, remat, times):
+    """Only full recomputation asks it anew; the layers, forward and back, are no loop on a GPU."""
+    config = tiny(model={"name": "m", "attention": "cudnn", "dtype": "bfloat16", "remat": remat})
+    found = list(operations(traced(config).jaxpr.jaxpr))
+    names = Counter(equation.primitive.name for equation in found)
+    assert names["dot_product_attention_fwd_wrapper"] == times
+    assert names["dot_product_attention_bwd_wrapper"] == 1
+    unrolled = [e for e in found if e.primitive.name == "scan" and e.params["unroll"] > 1]
+    assert [loop.params["unroll"] for loop in unrolled] == [runs.SIZES["num_hidden_layers"]] * 2
 
 
 def test_cudnn_is_refused_where_there_is_no_gpu():

@@ -34,6 +34,7 @@ from fslora_jax.federation.cohort import plan_layout
 from fslora_jax.federation.feed import make_cohort
 from fslora_jax.federation.local import train
 from fslora_jax.federation.memories import remembering
+from fslora_jax.federation.round import Cohort
 from fslora_jax.federation.setup import (
     Federation,
     federation_of,
@@ -74,11 +75,18 @@ def compiled(config: Config, federation: Federation, *, tiered: bool, chunks: in
     atexit.register(rmtree, folder, ignore_errors=True)
     memories = open_memories(config, federation, server, folder)
 
+    def batches() -> Cohort:
+        return remembering(cohort_of(config, federation, 0), memories)
+
+    ready = [batches()]
+
     def one_round() -> Server:
-        cohort = remembering(cohort_of(config, federation, 0), memories)
+        cohort = ready.pop()
         if not programs:
             programs.append(compile_round(config, federation, server, constants, cohort)[0])
-        return jax.block_until_ready(programs[0](federation.task.base, server, constants, cohort)[0])
+        new = programs[0](federation.task.base, server, constants, cohort)[0]
+        ready.append(batches())  # as in a run: the next round's, while the devices work
+        return jax.block_until_ready(new)
 
     return one_round
 

@@ -133,13 +133,18 @@ def planned_rounds(steps: Steps, num_rounds: int, clients: int) -> int:
 
 
 def best_row_length(
-    population: Population, steps: Steps, layout: Layout, cohort: Callable[[int], Ids], rounds: int
+    population: Population,
+    steps: Steps,
+    layout: Layout,
+    cohort: Callable[[int], Ids],
+    rounds: int,
+    width: float,
 ) -> int:
     """The row length, from the longest example to twice that, with which batches cost least.
 
-    Longer rows pack better, but attention grows with their length: a token costs about ``1 + L / 512``. The first
-    rounds stand for all. Where empty passes are skipped a chunk costs what its fullest batch needs, else all cost what
-    the fullest of a run does.
+    Longer rows pack better, but attention grows with their length: in a model as wide as ``width`` a token costs about
+    ``1 + L / (4/3 width)``. The first rounds stand for all. Where empty passes are skipped a chunk costs what its
+    fullest batch needs, else all cost what the fullest of a run does.
     """
     longest = int(population.store.lengths.max())
     start = -(-longest // 8) * 8
@@ -154,7 +159,7 @@ def best_row_length(
         if steps.passes and steps.passes.skip:
             by_chunk = needed.max(axis=2)  # (rounds, lanes, H)
             rows = float(np.mean(-(-by_chunk // steps.passes.rows))) * steps.passes.rows
-        return rows * row_length * (1 + row_length / 512)
+        return rows * row_length * (1 + row_length / (4 / 3 * width))
 
     return min(range(start, 2 * start + 1, 8), key=cost)
 

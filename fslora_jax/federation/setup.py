@@ -1,5 +1,6 @@
 """From a config to everything a run needs: model, data, clients, method, optimisers, the shape of the cohort."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -225,7 +226,10 @@ def federation_of(config: Config, task: Task, mesh: Mesh | None) -> Federation:
     )
     planned = planned_rounds(steps, f.num_rounds, config.clients_per_round)
     if not steps.row_length:
-        steps = steps._replace(row_length=best_row_length(task.population, steps, layout, cohort, planned))
+        # A layer of an encoder d wide has 12 d^2 values.
+        width = math.sqrt(sum(t.i * t.o for t in task.model.modules.values()) / 12)
+        row_length = best_row_length(task.population, steps, layout, cohort, planned, width)
+        steps = steps._replace(row_length=row_length)
     shape = plan_shape(task.population, steps, cohort, planned)
     return Federation(
         task=task._replace(model=model, base=base),

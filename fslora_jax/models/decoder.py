@@ -26,6 +26,7 @@ from fslora_jax.models.generate import Span, generate
 from fslora_jax.models.layers import Project
 from fslora_jax.models.model import Model, Naming
 from fslora_jax.models.scores import score_labels, score_next
+from fslora_jax.models.turned import frozen_logits
 from fslora_jax.sharding import gathered
 from fslora_jax.types import Batch, Local
 
@@ -175,5 +176,5 @@ def next_logits(c: Config, base: dict[str, Any], x: Float[Array, "*rows D"]) -> 
         table = gathered(base["embeddings"])["embed_tokens"]["embedding"].T
     else:
         table = gathered(base["output"])["lm_head"]["kernel"]
-    logits = jnp.matmul(x, table, preferred_element_type=jnp.float32)
+    logits = frozen_logits(x, table)
     return logits if c.logit_cap is None else c.logit_cap * jnp.tanh(logits / c.logit_cap)

@@ -18,6 +18,7 @@ from fslora_jax.models.family import Options
 from fslora_jax.models.layers import ACTIVATIONS, Layer, Project
 from fslora_jax.models.model import Model, Naming
 from fslora_jax.models.scores import score_labels, score_next
+from fslora_jax.models.turned import frozen_logits
 from fslora_jax.sharding import gathered
 from fslora_jax.types import Batch, Local
 
@@ -212,7 +213,7 @@ def _next_logits(
     head = nnx.merge(graph, base["output"])
     x = head[names.norm](ACTIVATIONS[names.act](head[names.dense](x)))
     words = gathered(base["embeddings"])["word_embeddings"]["embedding"].T
-    return jnp.matmul(x, words, preferred_element_type=jnp.float32) + head["bias"][...]
+    return frozen_logits(x, words) + head["bias"][...]
 
 
 def relative_buckets(positions: Int[Array, "*C L"]) -> Int[Array, "*C L L"]:

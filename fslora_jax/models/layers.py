@@ -4,6 +4,7 @@ All clients of a cohort pass as one batch with a leading axis C, so a frozen mat
 what a client owns is added by ``lora.per_client``.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -26,8 +27,14 @@ Project = Callable[[str, Float[Array, "C B L i"]], Float[Array, "C B L o"]]
 ADAPTED = "adapted outputs"
 """What modules with an adapter give, by the name that checkpoint policies know."""
 
+
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The exact GELU, by erf: erfc, as ``jax.nn.gelu`` has it, is a third of the speed on a CPU and on a GPU."""
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
 ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_new": jax.nn.gelu,
     "gelu_pytorch_tanh": jax.nn.gelu,
     "relu": jax.nn.relu,

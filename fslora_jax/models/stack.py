@@ -20,18 +20,22 @@ from fslora_jax.types import Local
 Parts = Mapping[str, Callable[[nnx.Rngs], nnx.Module]]
 """What a base consists of: its top-level keys, with what makes each; "layers" makes one layer of the stack."""
 
+
+IS_FROZEN_PRODUCT = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+IS_NAMED = jax.checkpoint_policies.save_only_these_names(SOFTMAX, ADAPTED)
+
+
+def is_kept(operation: Any, *args: Any, **params: Any) -> bool:
+    """Whether the backward pass has this operation's result from the forward pass; cuDNN's attention has no name."""
+    flash = operation.name.startswith("dot_product_attention_fwd")
+    return flash or any(keeps(operation, *args, **params) for keeps in (IS_FROZEN_PRODUCT, IS_NAMED))
+
+
 REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "none": lambda step: step,
     # Keeps the products with frozen weights (dots without batch dimensions) and recomputes the rest: 0.6 of the
     # memory and less time than keeping it, measured on a CPU.
-    "frozen": partial(
-        jax.checkpoint,
-        prevent_cse=False,
-        policy=jax.checkpoint_policies.save_from_both_policies(
-            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            jax.checkpoint_policies.save_only_these_names(SOFTMAX, ADAPTED),
-        ),
-    ),
+    "frozen": partial(jax.checkpoint, prevent_cse=False, policy=is_kept),
     "full": partial(jax.checkpoint, prevent_cse=False),
 }
 """What the backward pass of a layer keeps, and what it computes anew."""
@@ -110,7 +114,9 @@ def scan_layers(
             layer, rows_split(x), partial(layer.project, own=own, keys=keys, turned=turned), shared, *each
         )
 
-    return jax.lax.scan(REMAT[remat](step), x, (weights, turned, own, each, jnp.arange(count)))
+    # On a GPU a loop would copy each layer's weights out of the stack, and what is kept for the gradient into one.
+    unroll = jax.default_backend() == "gpu"
+    return jax.lax.scan(REMAT[remat](step), x, (weights, turned, own, each, jnp.arange(count)), unroll=unroll)
 
 
 def check_tiers(tiers: Sequence[Local], modules: Collection[str]) -> None:

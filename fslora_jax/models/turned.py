@@ -74,3 +74,23 @@ def _backward(turned: Array, gradient: Array) -> tuple[Array, None, None]:
 
 
 frozen_product.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def frozen_logits(x: Float[Array, "*B i"], table: Float[Array, "i V"]) -> Float[Array, "*B V"]:
+    """``x @ table`` in float32, for ``x`` as precise as the table; the gradient's factors are as precise as well.
+
+    Autodiff would multiply a gradient in float32, for which a GPU has no fast product.
+    """
+    return jnp.matmul(x, table, preferred_element_type=jnp.float32)
+
+
+def _logits_forward(x: Array, table: Array) -> tuple[Array, Array]:
+    return frozen_logits(x, table), table
+
+
+def _logits_backward(table: Array, gradient: Array) -> tuple[Array, None]:
+    return _product(gradient, table.T).astype(table.dtype), None
+
+
+frozen_logits.defvjp(_logits_forward, _logits_backward)
