@@ -2,9 +2,12 @@
 
 import json
 import re
+import subprocess
+import sys
 import warnings
 from importlib.metadata import entry_points
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import jax
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 import runs
 
-from fslora_jax import cli
+from fslora_jax import cli, train_command
 from fslora_jax.config import Config, load_config
 from fslora_jax.data.batches import BatchShape, make_batch
 from fslora_jax.federation.client import train_client
@@ -68,6 +71,14 @@ def test_usage(world, capsys, argv):
     assert all(command in cli.USAGE for command in cli.COMMANDS)
 
 
+def test_only_the_command_that_runs_is_imported():
+    """Tables, statistics and a benchmark's peers would take a second of every start."""
+    code = "import sys\nfrom fslora_jax import cli, train_command\nprint(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"pandas", "scipy.stats", "torch"} & set(found.stdout.split())
+    assert all(callable(resolve_name(place)) for place in cli.COMMANDS.values())
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_the_help_of_train_lists_every_setting_with_its_words(world, capsys, monkeypatch, given):
     shown = help_of(world, capsys, monkeypatch, "train", *([world.config] if given else []), "--help")
@@ -90,8 +101,8 @@ def test_the_help_of_the_other_commands(world, capsys, monkeypatch, command, opt
 def asked(monkeypatch) -> list[tuple[Config, Path]]:
     """What `train` would run, instead of running it."""
     seen: list[tuple[Config, Path]] = []
-    monkeypatch.setattr(cli, "run", lambda config, folder, display: seen.append((config, folder)))
-    monkeypatch.setattr(cli, "print_summary", lambda summary, folder: None)
+    monkeypatch.setattr(train_command, "run", lambda config, folder, display: seen.append((config, folder)))
+    monkeypatch.setattr(train_command, "print_summary", lambda summary, folder: None)
     return seen
 
 
@@ -262,7 +273,7 @@ def test_control_c_ends_with_one_line(world, capsys, tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run", interrupted)
+    monkeypatch.setattr(train_command, "run", interrupted)
     with pytest.raises(SystemExit) as caught:
         runs.call(world, "train", world.config, "--run-dir", tmp_path / "run")
     assert caught.value.code == 130

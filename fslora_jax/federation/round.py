@@ -1,7 +1,7 @@
 """One federated round as one compiled program: download, local steps, upload, combine, server update."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
@@ -42,13 +42,19 @@ class Constants(NamedTuple):
 
 def constants_of(seed: int, rates: Rates = UNIT, mesh: Mesh | None = None) -> Constants:
     """A run's, made in place: ``device_put`` refuses keys on a mesh of several processes."""
+    return _maker(mesh)(seed, rates)
 
-    def make() -> Constants:
+
+@cache
+def _maker(mesh: Mesh | None) -> Callable[[int, Rates], Constants]:
+    """The program that makes them on a mesh, one for all runs of a process."""
+
+    def make(seed: int, rates: Rates) -> Constants:
         purposes = (Purpose.SKETCH, Purpose.DROPOUT, Purpose.NETWORK, Purpose.SERVER)
         keys = Keys(*(device_key(seed, purpose) for purpose in purposes))
         return Constants(keys, jax.tree.map(jnp.float32, rates))
 
-    return jax.jit(make, out_shardings=replicated(mesh))()
+    return jax.jit(make, out_shardings=replicated(mesh))
 
 
 class Cohort(NamedTuple):
@@ -106,6 +112,8 @@ def make_round(
         combined = method.combine([payload for payload, _ in sent], [tier.weight for tier in clients])
         return combined, Played(losses, memory)
 
+    traced_once = jax.jit(of_clients, inline=True)  # for its shapes and for the loop over chunks
+
     def of_group(
         base: PyTree, server: Server, constants: Constants, cohort: Cohort
     ) -> tuple[Combined, Played]:
@@ -115,13 +123,13 @@ def make_round(
         own = server if mesh is None else jax.lax.pcast(server, CLIENTS, to="varying")
         own = own._replace(announced=announced(method, chunks.clients, mesh))
         shifted = ready(shift(base, own.base_delta) if shift and method.traits.moves_base else base)
-        shapes = jax.eval_shape(of_clients, shifted, own, constants, one)[0]
+        shapes = jax.eval_shape(traced_once, shifted, own, constants, one)[0]
         nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         if mesh is not None:
             nothing = jax.lax.pcast(nothing, CLIENTS, to="varying")
 
         def chunk(total: Combined, cohort: Cohort) -> tuple[Combined, Played]:
-            combined, played = of_clients(shifted, own, constants, cohort)
+            combined, played = traced_once(shifted, own, constants, cohort)
             return merge(total, combined), played
 
         combined, played = jax.lax.scan(chunk, nothing, chunks)
