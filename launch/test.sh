@@ -29,4 +29,5 @@ trap 'rm -rf "$run"' EXIT
 "$bin/fslora" export "$run/run" --out "$run/client" --client 3
 
 say tests and examples
-"$bin/pytest" -n auto --dist loadfile --durations 20 --doctest-modules fslora_jax tests
+# Files in their order: the slow ones are spread over it, while xdist would leave those with few tests for the end.
+"$bin/pytest" -n auto --dist loadfile --no-loadscope-reorder --durations 20 --doctest-modules fslora_jax tests

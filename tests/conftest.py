@@ -1,9 +1,10 @@
 """Fixtures that several test modules share: tiny random checkpoints, made by transformers, and MiniLM's."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 # Nearly all of the tests' time is compilation; unoptimised machine code computes the same. Before JAX is imported.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -14,6 +15,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+import jax
 import pytest
 import runs
 from contract import ROWS, Tiny, make_tiny
@@ -21,9 +23,11 @@ from hypothesis import settings
 
 from fslora_jax.archives import fetch
 from fslora_jax.errors import UserError
-from fslora_jax.federation import summary
+from fslora_jax.federation import calls, summary
+from fslora_jax.federation.together import FREE
 from fslora_jax.hub import default_cache_dir, resolve_model
 from fslora_jax.packaged import PACKAGED_MODELS
+from fslora_jax.rundir import settings_of
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
@@ -56,6 +60,32 @@ def no_figures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(summary.figures, "run_figures", lambda *_: None)
         patch.setattr(summary.figures, "partition_figure", lambda *_: None)
+        yield
+
+
+@cache
+def kept_programs() -> dict[Hashable, Any]:
+    return {}
+
+
+@pytest.fixture(scope="module")
+def programs_kept():
+    """Runs of this process with equal settings and shapes share a program, which takes most of a tiny run's time.
+
+    For tests of what happens around the rounds.
+    """
+    compile_round, kept = calls.compile_round, kept_programs()
+
+    def compile_once(config, federation, *arguments):
+        shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), (federation.task.base, *arguments[:3]))
+        of_shapes = str(jax.tree.structure(shapes)), *jax.tree.leaves(shapes), *arguments[3:]
+        key = settings_of(config, but=FREE), federation.layout, federation.mesh, of_shapes
+        if key not in kept:
+            kept[key] = compile_round(config, federation, *arguments)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calls, "compile_round", compile_once)
         yield
 
 

@@ -19,6 +19,8 @@ from fslora_jax.config import load_config
 from fslora_jax.federation.feed import local_examples
 from fslora_jax.federation.setup import set_up
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 WORD = "dull"
 STAGES = ("loading model and data", "compiling the round", "evaluating the start", "round ")
 

@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import runs
 from test_bad_input import refusal
 
 from fslora_jax.config import make_config
 from fslora_jax.federation.feed import local_examples
 from fslora_jax.federation.setup import set_up
+
+pytestmark = pytest.mark.usefixtures("programs_kept")
 
 
 def lines(path: Path, *rows: str) -> str:

@@ -30,7 +30,10 @@ with warnings.catch_warnings():
     import transformers
 
 # PEFT uses a name of transformers that is about to change.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.usefixtures("programs_kept"),
+]
 
 
 def output(world: runs.World, capsys, *argv: object) -> str:

@@ -23,6 +23,8 @@ from fslora_jax.federation.results import load_round
 from fslora_jax.federation.setup import divide, global_model
 from fslora_jax.methods import whole
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 CLIENTS = 5
 
 

@@ -14,7 +14,10 @@ from test_bad_input import refusal
 
 from fslora_jax.federation.meter import Meter
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.usefixtures("programs_kept"),
+]
 
 PLAIN = {"server_optimizer": {"name": "sgd"}}
 CHANGES: dict[str, dict[str, Any]] = {

@@ -23,6 +23,8 @@ from fslora_jax.federation.resources import (
 )
 from fslora_jax.federation.setup import set_up
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 DISTRIBUTIONS = ("uniform", "normal", "heavy_tail")
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import runs
 
-from fslora_jax.federation import calls, summary
+from fslora_jax.federation import summary
+
+pytestmark = pytest.mark.usefixtures("programs_kept")
 
 DIE = "import os, signal\ndie = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
 IN_ROUND = """
@@ -156,13 +158,6 @@ def filming(folder: Path, album: Path) -> Iterator[Camera]:
 
 def test_before_any_file_operation_a_kill_changes_nothing(world, finished, tmp_path, monkeypatch):
     """A sample of all moments between two changes on disk, the first and the last among them."""
-    compile_round, programs = calls.compile_round, []
-
-    def compile_once(*arguments):
-        programs[:] = programs or [compile_round(*arguments)]
-        return programs[0]
-
-    monkeypatch.setattr(calls, "compile_round", compile_once)
     monkeypatch.setattr(
         summary.figures, "run_figures", lambda records, folder: None
     )  # they take most of the time

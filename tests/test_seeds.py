@@ -7,7 +7,7 @@ import pytest
 import runs
 
 from fslora_jax import random as sources
-from fslora_jax.federation import calls, summary
+from fslora_jax.federation import round
 from fslora_jax.random import Purpose
 
 USED = (
@@ -29,19 +29,16 @@ FIXED = {
 
 
 @pytest.fixture(scope="module")
-def quick(world):
-    """Runs without figures, all with the program of the first one."""
-    compile_round, programs = calls.compile_round, []
+def quick(world, no_figures, programs_kept):
+    return lambda run, **changes: runs.train(world, run, **FIXED, **changes)
 
-    def compile_once(*arguments):
-        programs[:] = programs or [compile_round(*arguments)]
-        return programs[0]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calls, "compile_round", compile_once)
-        patch.setattr(summary.figures, "run_figures", lambda records, folder: None)
-        patch.setattr(summary.figures, "partition_figure", lambda counts, names, path: None)
-        yield lambda run, **changes: runs.train(world, run, **FIXED, **changes)
+@pytest.fixture(autouse=True)
+def keys_made_anew():
+    """The program that makes them is kept in a process, with whatever source of keys it was traced with."""
+    round._maker.cache_clear()
+    yield
+    round._maker.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from fslora_jax.study.points import load_study
 from fslora_jax.study.table import interval, over_repetitions
 from fslora_jax.study.tuning import settled
 
-pytestmark = pytest.mark.usefixtures("no_figures")
+pytestmark = pytest.mark.usefixtures("no_figures", "programs_kept")
 GRIDS = {
     "ratios": {
         "set": {"federation.num_rounds": 1},

@@ -12,7 +12,7 @@ from fslora_jax.rundir import open_run
 from fslora_jax.study import reuse, run
 from fslora_jax.study.points import load_study
 
-pytestmark = pytest.mark.usefixtures("no_figures")
+pytestmark = pytest.mark.usefixtures("no_figures", "programs_kept")
 RATE = "client_optimizer.learning_rate"
 SHORT = {"federation.num_rounds": 1, RATE: 0.03}
 GRIDS = {"first": {"set": SHORT, "over": {"seed": [0, 1]}}}

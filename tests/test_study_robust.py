@@ -16,7 +16,7 @@ from fslora_jax.report.command import make_page
 from fslora_jax.study import table
 from fslora_jax.study.points import load_study
 
-pytestmark = pytest.mark.usefixtures("no_figures")
+pytestmark = pytest.mark.usefixtures("no_figures", "programs_kept")
 GRIDS = {
     "g": {
         "set": {"federation.num_rounds": 2, "evaluate_every": 1, "checkpoint_every": 1},

@@ -42,14 +42,14 @@ class Constants(NamedTuple):
 
 def constants_of(seed: int, rates: Rates = UNIT, mesh: Mesh | None = None) -> Constants:
     """A run's, made in place: ``device_put`` refuses keys on a mesh of several processes."""
-    return _maker(mesh)(seed, rates)
+    return _maker(seed, mesh)(rates)
 
 
 @cache
-def _maker(mesh: Mesh | None) -> Callable[[int, Rates], Constants]:
-    """The program that makes them on a mesh, one for all runs of a process."""
+def _maker(seed: int, mesh: Mesh | None) -> Callable[[Rates], Constants]:
+    """The program that makes them, one for all who ask for the same keys."""
 
-    def make(seed: int, rates: Rates) -> Constants:
+    def make(rates: Rates) -> Constants:
         purposes = (Purpose.SKETCH, Purpose.DROPOUT, Purpose.NETWORK, Purpose.SERVER)
         keys = Keys(*(device_key(seed, purpose) for purpose in purposes))
         return Constants(keys, jax.tree.map(jnp.float32, rates))
