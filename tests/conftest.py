@@ -1,5 +1,6 @@
 """Fixtures that several test modules share: tiny random checkpoints, made by transformers, and MiniLM's."""
 
+import gc
 import os
 from collections.abc import Callable, Hashable
 from functools import cache
@@ -31,6 +32,19 @@ from fslora_jax.rundir import settings_of
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
+
+
+def pytest_collection_finish():
+    """Tracing makes so many objects that to look for garbage among them took a sixth of the tests' time."""
+    gc.freeze()
+    gc.disable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected():
+    """Once a file instead."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -161,7 +161,7 @@ def environment(world: World) -> dict[str, str]:
 
 def start(world: World, *argv: object, driver: str | None = None) -> subprocess.Popen[str]:
     """``fslora ARGV`` as a process of its own; ``driver`` is Python that runs before, such as a patch."""
-    code = f"{driver or ''}\nimport sys\nfrom fslora_jax.cli import main\nmain(sys.argv[1:])"
+    code = f"{driver or ''}\nfrom fslora_jax.cli import main\nmain()"
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, argv)],
         env=environment(world),
