@@ -81,3 +81,12 @@ def rank_unit(targets: Mapping[str, Target]) -> int:
     36864
     """
     return sum(t.layers * (t.i + t.o) for t in targets.values())
+
+
+def width(modules: Mapping[str, Target]) -> float:
+    """The width d of an encoder whose layers, of 12 d^2 values, are as large as those with these linear modules.
+
+    >>> width({"up": Target(8, 48, 2), "down": Target(48, 8, 2)})
+    8.0
+    """
+    return math.sqrt(sum(t.i * t.o for t in modules.values()) / 12)

@@ -1,6 +1,5 @@
 """From a config to everything a run needs: model, data, clients, method, optimisers, the shape of the cohort."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -39,6 +38,7 @@ from fslora_jax.federation.optimizer import learning_rates, make_client_optimize
 from fslora_jax.federation.resources import resources
 from fslora_jax.federation.round import Constants, constants_of
 from fslora_jax.federation.start import start_server, starting_point
+from fslora_jax.lora import width
 from fslora_jax.methods import Method, Server, Spec, whole
 from fslora_jax.models import Model, load_model, shifted
 from fslora_jax.provenance import fingerprint_of
@@ -226,10 +226,10 @@ def federation_of(config: Config, task: Task, mesh: Mesh | None) -> Federation:
     )
     planned = planned_rounds(steps, f.num_rounds, config.clients_per_round)
     if not steps.row_length:
-        # A layer of an encoder d wide has 12 d^2 values.
-        width = math.sqrt(sum(t.i * t.o for t in task.model.modules.values()) / 12)
-        row_length = best_row_length(task.population, steps, layout, cohort, planned, width)
-        steps = steps._replace(row_length=row_length)
+        wide = width(task.model.modules)
+        steps = steps._replace(
+            row_length=best_row_length(task.population, steps, layout, cohort, planned, wide)
+        )
     shape = plan_shape(task.population, steps, cohort, planned)
     return Federation(
         task=task._replace(model=model, base=base),
