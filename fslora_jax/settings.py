@@ -3,6 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -77,6 +78,7 @@ def checked(form: type[S], values: Any, source: str) -> S:
         raise UserError(f"{source}: {one_line(error, form)}") from None
 
 
+@cache  # to make a class takes pydantic a tenth of a second where many modules are loaded
 def options_of(function: Callable[..., Any]) -> type[Section]:
     """The keyword-only arguments of a function as a schema, with their types, rules and defaults."""
     arguments = inspect.signature(function).parameters.values()

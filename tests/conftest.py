@@ -1,6 +1,5 @@
 """Fixtures that several test modules share: tiny random checkpoints, made by transformers, and MiniLM's."""
 
-import gc
 import os
 from collections.abc import Callable, Hashable
 from functools import cache
@@ -19,32 +18,24 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import pytest
 import runs
+import torch
 from contract import ROWS, Tiny, make_tiny
 from hypothesis import settings
 
 from fslora_jax.archives import fetch
 from fslora_jax.errors import UserError
-from fslora_jax.federation import calls, summary
+from fslora_jax.federation import calls, loop, results, summary
 from fslora_jax.federation.together import FREE
 from fslora_jax.hub import default_cache_dir, resolve_model
 from fslora_jax.packaged import PACKAGED_MODELS
 from fslora_jax.rundir import settings_of
 
+pytest_plugins = ("once_a_file",)
+torch.set_num_threads(
+    1
+)  # tests run side by side, and threads that wait for one another's tiny products take turns
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
-
-
-def pytest_collection_finish():
-    """Tracing makes so many objects that to look for garbage among them took a sixth of the tests' time."""
-    gc.freeze()
-    gc.disable()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def collected():
-    """Once a file instead."""
-    yield
-    gc.collect()
 
 
 @pytest.fixture(scope="session")
@@ -68,35 +59,57 @@ def world(tmp_path_factory) -> runs.World:
     return runs.make_world(tmp_path_factory.mktemp("world"))
 
 
+FIGURES = {name: getattr(summary.figures, name) for name in ("run_figures", "partition_figure")}
+
+
 @pytest.fixture(scope="module")
 def no_figures():
     """Runs of this process draw nothing, which takes most of a tiny run's time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(summary.figures, "run_figures", lambda *_: None)
-        patch.setattr(summary.figures, "partition_figure", lambda *_: None)
+        for name in FIGURES:
+            patch.setattr(summary.figures, name, lambda *_: None)
         yield
 
 
 @cache
-def kept_programs() -> dict[Hashable, Any]:
+def kept() -> dict[Hashable, Any]:
+    """Compiled programs, by what they depend on."""
     return {}
 
 
 @pytest.fixture(scope="module")
-def programs_kept():
+def evaluations_kept():
+    """Runs of this process share what evaluates one model; a study does not clear JAX's caches between its points."""
+    make_evaluation = loop.make_evaluation
+
+    def make_once(score, spec, mesh=None):
+        key = score, str(spec), mesh
+        if key not in kept():
+            kept()[key] = make_evaluation(score, spec, mesh)
+        return kept()[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_evaluation", make_once)
+        patch.setattr(results, "make_evaluation", make_once)
+        patch.setattr(jax, "clear_caches", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def programs_kept(evaluations_kept):
     """Runs of this process with equal settings and shapes share a program, which takes most of a tiny run's time.
 
     For tests of what happens around the rounds.
     """
-    compile_round, kept = calls.compile_round, kept_programs()
+    compile_round = calls.compile_round
 
     def compile_once(config, federation, *arguments):
         shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), (federation.task.base, *arguments[:3]))
         of_shapes = str(jax.tree.structure(shapes)), *jax.tree.leaves(shapes), *arguments[3:]
         key = settings_of(config, but=FREE), federation.layout, federation.mesh, of_shapes
-        if key not in kept:
-            kept[key] = compile_round(config, federation, *arguments)
-        return kept[key]
+        if key not in kept():
+            kept()[key] = compile_round(config, federation, *arguments)
+        return kept()[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calls, "compile_round", compile_once)
@@ -106,7 +119,10 @@ def programs_kept():
 @pytest.fixture(scope="session")
 def finished(world) -> Path:
     """The folder of a whole run, for tests that only read."""
-    return runs.train(world, world.folder / "finished")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, draw in FIGURES.items():
+            patch.setattr(summary.figures, name, draw)
+        return runs.train(world, world.folder / "finished")
 
 
 @pytest.fixture(scope="session")

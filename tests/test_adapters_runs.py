@@ -15,7 +15,7 @@ from test_bad_input import refusal
 from fslora_jax.adapters.read import read_adapter
 from fslora_jax.adapters.schema import CONFIG, WEIGHTS
 
-pytestmark = pytest.mark.usefixtures("programs_kept")
+pytestmark = pytest.mark.usefixtures("no_figures", "programs_kept")
 
 ONE_ROUND = {"federation__num_rounds": 1, "lora__lora_dropout": 0.0, "client_optimizer__schedule": "constant"}
 PATTERNS = {"rank_pattern": {"value": 3}, "alpha_pattern": {"value": 5.0}}

@@ -19,7 +19,7 @@ from fslora_jax.config import load_config
 from fslora_jax.federation.feed import local_examples
 from fslora_jax.federation.setup import set_up
 
-pytestmark = pytest.mark.usefixtures("programs_kept")
+pytestmark = pytest.mark.usefixtures("no_figures", "programs_kept")
 
 WORD = "dull"
 STAGES = ("loading model and data", "compiling the round", "evaluating the start", "round ")

@@ -12,7 +12,7 @@ from fslora_jax.config import make_config
 from fslora_jax.federation.feed import local_examples
 from fslora_jax.federation.setup import set_up
 
-pytestmark = pytest.mark.usefixtures("programs_kept")
+pytestmark = pytest.mark.usefixtures("no_figures", "programs_kept")
 
 
 def lines(path: Path, *rows: str) -> str:

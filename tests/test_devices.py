@@ -44,7 +44,7 @@ def finish(processes: list[subprocess.Popen]) -> None:
 @pytest.mark.parametrize("module", ["on_devices.py", "on_meshes.py"])
 def test_eight_devices(module):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "--noconftest"]
+    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "once_a_file", "--noconftest"]
     finish([start("-m", "pytest", *options, str(HERE / module), XLA_FLAGS=flags)])
 
 

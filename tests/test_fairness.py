@@ -23,7 +23,7 @@ from fslora_jax.federation.results import load_round
 from fslora_jax.federation.setup import divide, global_model
 from fslora_jax.methods import whole
 
-pytestmark = pytest.mark.usefixtures("programs_kept")
+pytestmark = pytest.mark.usefixtures("no_figures", "programs_kept")
 
 CLIENTS = 5
 

@@ -16,7 +16,7 @@ from fslora_jax.federation.meter import Meter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
-    pytest.mark.usefixtures("programs_kept"),
+    pytest.mark.usefixtures("no_figures", "programs_kept"),
 ]
 
 PLAIN = {"server_optimizer": {"name": "sgd"}}

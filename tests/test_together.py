@@ -15,7 +15,7 @@ from fslora_jax.federation.together import joined, parted, program_of
 from fslora_jax.study import run as study_run
 from fslora_jax.study.points import nested
 
-pytestmark = pytest.mark.usefixtures("no_figures")
+pytestmark = pytest.mark.usefixtures("no_figures", "evaluations_kept")
 RATE = "client_optimizer.learning_rate"
 PLAIN = {"lora.lora_dropout": 0.0, "federation.num_rounds": 2, "evaluate_every": 1, "checkpoint_every": 1}
 GRIDS = {

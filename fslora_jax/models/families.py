@@ -1,8 +1,11 @@
 """All model families, and the model of a ``config.json``."""
 
+import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from fslora_jax.models.attention import ATTENTIONS
@@ -34,7 +37,7 @@ def build_model(
     remat: str = "frozen",
     quantization: str = "none",
 ) -> Model:
-    """The model of a ``config.json``, without weights.
+    """The model of a ``config.json``, without weights; for equal arguments the same object.
 
     Args:
       config: the parsed ``config.json`` of Hugging Face.
@@ -50,15 +53,22 @@ def build_model(
     Raises:
       UserError: a field is missing or unknown, has the wrong type or a value that is not supported.
     """
-    family = find_family(config)
+    find_family(config)
     check_choice("model.pooling", pooling, ("mean", "native"))
     check_choice("model.task", task, ("sequence", "causal"))
     check_choice("model.dtype", dtype, ("float32", "bfloat16", "float16"))
     check_choice("model.attention", attention, ATTENTIONS)
     check_choice("model.remat", remat, REMAT)
     check_choice("model.quantization", quantization, ("none", *QUANTISATIONS))
-    fields = Fields(config)
     options = Options(task, num_labels, pooling, jnp.dtype(dtype), lora_dropout, attention, remat)
+    return _built(json.dumps(config), jax.default_backend(), options, quantization)
+
+
+@lru_cache(maxsize=32)  # the same functions for every run of a study, so that JAX does not trace them anew
+def _built(config_json: str, _backend: str, options: Options, quantization: str) -> Model:
+    """The backend counts, since a model's functions may ask for it when they are traced."""
+    config = json.loads(config_json)
+    family, fields = find_family(config), Fields(config)
     model = family.build(family, fields, options)
     fields.finish()
     heads = next((config[name] for name in HEADS if name in config), 1)
