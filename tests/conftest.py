@@ -31,9 +31,8 @@ from fslora_jax.packaged import PACKAGED_MODELS
 from fslora_jax.rundir import settings_of
 
 pytest_plugins = ("once_a_file",)
-torch.set_num_threads(
-    1
-)  # tests run side by side, and threads that wait for one another's tiny products take turns
+# Tests run side by side, and threads that wait for one another's share of a tiny product take ten times as long.
+torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
 

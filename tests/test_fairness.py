@@ -17,10 +17,11 @@ from fslora_jax.data.examples import take
 from fslora_jax.data.partition import Partition, hold_back
 from fslora_jax.errors import UserError
 from fslora_jax.federation.client import train_clients
+from fslora_jax.federation.division import divide
 from fslora_jax.federation.examples import load_examples, tokenise
 from fslora_jax.federation.fairness import evaluate_clients, summary
 from fslora_jax.federation.results import load_round
-from fslora_jax.federation.setup import divide, global_model
+from fslora_jax.federation.setup import global_model
 from fslora_jax.methods import whole
 
 pytestmark = pytest.mark.usefixtures("no_figures", "programs_kept")

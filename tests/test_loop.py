@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from fslora_jax.config import load_config, make_config
 from fslora_jax.data.batches import BatchShape
-from fslora_jax.federation import feed
+from fslora_jax.federation import feed, shapes
 from fslora_jax.federation.calls import cohort_of, cohorts_of, dispatches
 from fslora_jax.federation.cohort import sample_cohort
 from fslora_jax.federation.optimizer import make_client_optimizer
@@ -147,9 +147,9 @@ def test_sampled_cohorts_differ_from_round_to_round_and_are_of_their_size(world)
 
 def test_a_round_that_needs_more_rows_than_were_planned_gets_them(world, tmp_path, monkeypatch):
     changes = {"data__row_length": 12, "lora__lora_dropout": 0.0, "federation__num_rounds": 2}
-    rows, enough = [], feed.PLANNED
+    rows, enough = [], shapes.PLANNED
     for planned in (enough, 1):  # all rounds are laid out beforehand, then only the first
-        monkeypatch.setattr(feed, "PLANNED", planned)
+        monkeypatch.setattr(shapes, "PLANNED", planned)
         config, federation = federation_of(world, **changes)
         rows.append([cohort_of(config, federation, t).batches.tokens.shape[-2] for t in (0, 1)])
         runs.train(world, tmp_path / str(planned), **changes)

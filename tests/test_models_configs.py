@@ -144,3 +144,13 @@ def reads_alike(read, config, reference):
     except UserError:
         return False
     return same
+
+
+def test_equal_configs_and_options_make_one_model(tiny_of):
+    """So that JAX does not trace it anew for each run of a study; it keeps nothing of a dict that changes later."""
+    config = json.loads((tiny_of("llama", "causal").folder / "config.json").read_text())
+    model = build_model(config, task="causal")
+    assert build_model(dict(config), task="causal", remat="frozen") is model
+    assert build_model(config, task="causal", remat="none") is not model
+    config["rms_norm_eps"] = 0.5
+    assert build_model(config, task="causal") is not model

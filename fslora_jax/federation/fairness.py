@@ -13,10 +13,11 @@ from fslora_jax.data.examples import take
 from fslora_jax.data.held_out import HeldOut, each_option, hold_out
 from fslora_jax.errors import UserError
 from fslora_jax.evaluate import Answers, gather, make_evaluation, measure_rows
+from fslora_jax.federation.division import divide
 from fslora_jax.federation.examples import load_examples, tokenise
 from fslora_jax.federation.personal import score_own
 from fslora_jax.federation.results import check_goes_on, load_round
-from fslora_jax.federation.setup import divide, global_model
+from fslora_jax.federation.setup import global_model
 from fslora_jax.rundir import write_atomically
 
 CLIENTS = "clients.jsonl"

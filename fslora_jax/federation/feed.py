@@ -9,7 +9,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int, Shaped
 
-from fslora_jax.data import packing
 from fslora_jax.data.batches import FILLER, BatchShape, make_batch, shape_for, stream
 from fslora_jax.data.partition import Partition
 from fslora_jax.data.tokens import TokenStore
@@ -19,9 +18,6 @@ from fslora_jax.federation.resources import Clock
 from fslora_jax.federation.round import Cohort
 from fslora_jax.methods import Client
 from fslora_jax.sharding import groups_here, over_clients
-
-PLANNED = 2**20
-"""Examples of the first rounds that are laid out beforehand to find the shape of a batch."""
 
 Ids = Int[np.ndarray, " cohort"]
 
@@ -125,58 +121,6 @@ def deal(
     dealt = by_length.reshape(*examples.shape[:-1], -1, hands)
     dealt[..., 1::2, :] = dealt[..., 1::2, ::-1].copy()
     return np.swapaxes(dealt, -1, -2).reshape(examples.shape)
-
-
-def planned_rounds(steps: Steps, num_rounds: int, clients: int) -> int:
-    """How many rounds are laid out beforehand: all, unless they have very many examples."""
-    return min(num_rounds, max(1, PLANNED // (clients * steps.local_steps * steps.batch_size)))
-
-
-def best_row_length(
-    population: Population,
-    steps: Steps,
-    layout: Layout,
-    cohort: Callable[[int], Ids],
-    rounds: int,
-    width: float,
-) -> int:
-    """The row length, from the longest example to twice that, with which batches cost least.
-
-    Longer rows pack better, but attention grows with their length: in a model as wide as ``width`` a token costs about
-    ``1 + L / (4/3 width)``. The first rounds stand for all. Where empty passes are skipped a chunk costs what its
-    fullest batch needs, else all cost what the fullest of a run does.
-    """
-    longest = int(population.store.lengths.max())
-    start = -(-longest // 8) * 8
-    if not steps.packing:
-        return start
-    seated = [seat(population, steps, layout, cohort(t), t) for t in range(min(rounds, 8))]
-    lengths = [lengths_of(population, examples) for _, examples in seated]
-
-    def cost(row_length: int) -> float:
-        needed = 1 + np.array([packing.pack(of_round, row_length).max(axis=-1) for of_round in lengths])
-        rows = float(needed.max())
-        if steps.passes and steps.passes.skip:
-            by_chunk = needed.max(axis=2)  # (rounds, lanes, H)
-            rows = float(np.mean(-(-by_chunk // steps.passes.rows))) * steps.passes.rows
-        return rows * row_length * (1 + row_length / (4 / 3 * width))
-
-    return min(range(start, 2 * start + 1, 8), key=cost)
-
-
-def plan_shape(population: Population, steps: Steps, cohort: Callable[[int], Ids], rounds: int) -> BatchShape:
-    """The smallest shape, in whole multiples of rows, for every batch of the first rounds; of others see `fitting`."""
-    shapes = [
-        shape_for(
-            population.store,
-            _examples_of(population, steps, cohort(t), t),
-            steps.row_length,
-            steps.packing,
-        )
-        for t in range(rounds)
-    ]
-    rows, row_length, places = map(max, zip(*shapes, strict=True))
-    return BatchShape(-(-rows // steps.row_multiple) * steps.row_multiple, row_length, places)
 
 
 def fitting(shape: BatchShape, needed: BatchShape, split: int = 1) -> BatchShape:
@@ -313,7 +257,3 @@ def placed(cohort: Cohort, groups: int, mesh: Mesh | None, axis: int = 0) -> Coh
 def lengths_of(population: Population, examples: Int[np.ndarray, "*some"]) -> Int[np.ndarray, "*some"]:
     """The tokens of some examples, none of a filler."""
     return np.where(examples == FILLER, 0, population.store.lengths_of(examples))
-
-
-def _examples_of(population: Population, steps: Steps, ids: Ids, round: int) -> Int[np.ndarray, "C H E"]:
-    return local_examples(population, steps, ids, round, counted_steps(population, steps, ids, round))

@@ -16,33 +16,24 @@ from fslora_jax.adapters.spec import model_spec
 from fslora_jax.backend import split_cpu
 from fslora_jax.config import Config
 from fslora_jax.data.batches import BatchShape, make_batch
-from fslora_jax.data.examples import Examples
 from fslora_jax.data.held_out import HeldOut
-from fslora_jax.data.partition import PARTITIONS, Partition, check_partition, hold_back
 from fslora_jax.data.tasks import TASKS
-from fslora_jax.errors import UserError
 from fslora_jax.federation.cohort import Layout, plan_layout, sample_cohort
+from fslora_jax.federation.division import divide, marks_of
 from fslora_jax.federation.examples import load_examples, model_task, outputs, tokenise, tokenise_held_out
-from fslora_jax.federation.feed import (
-    Population,
-    Steps,
-    best_row_length,
-    local_examples,
-    plan_shape,
-    planned_rounds,
-)
+from fslora_jax.federation.feed import Population, Steps, local_examples
 from fslora_jax.federation.local import ClientOptimizer, Passes
 from fslora_jax.federation.memories import Memories
 from fslora_jax.federation.method import is_tiered, make_method
 from fslora_jax.federation.optimizer import learning_rates, make_client_optimizer
 from fslora_jax.federation.resources import resources
 from fslora_jax.federation.round import Constants, constants_of
+from fslora_jax.federation.shapes import best_row_length, plan_shape, planned_rounds
 from fslora_jax.federation.start import start_server, starting_point
 from fslora_jax.lora import width
 from fslora_jax.methods import Method, Server, Spec, whole
 from fslora_jax.models import Model, load_model, shifted
 from fslora_jax.provenance import fingerprint_of
-from fslora_jax.random import Purpose, host_rng
 from fslora_jax.sharding import base_sharding, client_groups, make_mesh, replicated
 from fslora_jax.types import Batch, Trainable
 
@@ -129,50 +120,6 @@ def load_base(config: Config, folder: Path, num_labels: int, mesh: Mesh | None) 
         quantization=config.model.quantization,
         placement=None if mesh is None else partial(base_sharding, mesh),
     )
-
-
-def divide(config: Config, train: Examples) -> tuple[Partition, Partition]:
-    """Which examples each client trains on, and which it holds out."""
-    p, (marks, _) = config.partition, marks_of(config, train)
-    skew, floor = {"alpha": p.dirichlet_alpha}, {"min_examples": p.min_examples}
-    options = {
-        "iid": {},
-        "dirichlet": skew | floor,
-        "shards": {"shards_per_client": p.shards_per_client},
-        "quantity": skew | floor,
-        "natural": floor,
-    }
-    rng = host_rng(config.seed, Purpose.PARTITION)
-    partition = PARTITIONS[p.name](marks, config.federation.num_clients, rng=rng, **options[p.name])
-    parts = hold_back(partition, p.held_out, host_rng(config.seed, Purpose.HELD_OUT))
-    check_partition(parts[0])
-    if (only := config.federation.only_client) is not None:
-        parts = Partition.of([parts[0][only]]), Partition.of([parts[1][only]])
-    return parts
-
-
-def marks_of(config: Config, train: Examples) -> tuple[np.ndarray, tuple[str, ...]]:
-    """What the partition goes by, as numbers, and their names: labels, tasks or natural clients.
-
-    Raises:
-      UserError: the data has nothing of the kind.
-    """
-    p = config.partition
-    if p.name == "natural" or p.by == "task":
-        if not train.groups:
-            needed = "data.client_column" if p.name == "natural" else "data.parts"
-            raise UserError(
-                f"partition: {p.name} by {p.by} needs {needed}; set it, or choose another partition"
-            )
-        names, marks = np.unique(train.groups, return_inverse=True)
-        return marks, tuple(names.tolist())
-    if train.label_names:
-        return train.labels, train.label_names
-    if p.name in ("dirichlet", "shards"):
-        raise UserError(
-            f"partition.name: {p.name} needs labels, but the data has numbers; choose iid or quantity"
-        )
-    return np.zeros(len(train.labels), int), ("examples",)
 
 
 def set_up(config: Config, beside: Federation | None = None) -> Federation:

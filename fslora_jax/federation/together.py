@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from fslora_jax.config import Config
 from fslora_jax.data.batches import BatchShape
 from fslora_jax.federation.calls import cohorts_of
-from fslora_jax.federation.feed import plan_shape, planned_rounds, shape_of
+from fslora_jax.federation.feed import shape_of
 from fslora_jax.federation.round import Cohort
 from fslora_jax.federation.setup import Federation
+from fslora_jax.federation.shapes import plan_shape, planned_rounds
 from fslora_jax.rundir import settings_of
 
 T = TypeVar("T")
