@@ -71,7 +71,7 @@ def print_table(record: dict[str, Any]) -> None:
     for engine, row in rows.items():
         table.add_row(
             engine,
-            f"{sorted(row['seconds'])[len(row['seconds']) // 2]:.2f}",
+            three_digits(sorted(row["seconds"])[len(row["seconds"]) // 2]),
             f"{row['compile_seconds']:.1f}",
             f"{row['tokens_per_second']:,.0f}",
             f"{row['clients_per_second']:.2f}",
@@ -84,3 +84,12 @@ def print_table(record: dict[str, Any]) -> None:
     console.width = max(console.width, 100)  # also where the output is a file
     console.print(table)
     console.print(f"best matrix product of this machine in the same minutes: {rate:,.0f} GFLOP/s")
+
+
+def three_digits(seconds: float) -> str:
+    """A time, short enough for a table.
+
+    >>> three_digits(0.011748), three_digits(18.2112), three_digits(1234.5)
+    ('0.0117', '18.2', '1234')
+    """
+    return f"{seconds:.3g}" if seconds < 100 else f"{seconds:.0f}"
