@@ -73,7 +73,7 @@ def compiler_options(products: str = "same") -> dict[str, Any]:
     if jax.default_backend() != "cpu":
         return {}
     if jax.local_device_count() > 1:
-        return {}  # several CPU devices at once then write into one another's results (jaxlib 0.10.2)
+        return {}  # with them several CPU devices gave wrong evaluations, another one in each call (jaxlib 0.10.2)
     options = CPU_OPTIONS if products == "same" else CPU_NARROW
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(jnp.float32(0)).compile()
