@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int, PyTree
 
 from fslora_jax.backend import compiler_options
@@ -15,7 +16,7 @@ from fslora_jax.data.held_out import HeldOut
 from fslora_jax.federation.local import ScoreFn
 from fslora_jax.methods import Spec, whole
 from fslora_jax.metrics import METRICS
-from fslora_jax.sharding import replicated
+from fslora_jax.sharding import CLIENTS, replicated
 from fslora_jax.types import Batch, Score, Trainable
 
 
@@ -33,7 +34,8 @@ def make_evaluation(
 ) -> Callable[[PyTree, Trainable, Batch], Score]:
     """``(base, weights, batches) -> Score`` of the global adapter with ``S = I``; leaves are ``(batches, ...)``.
 
-    The whole held-out set is one dispatch: a scan over its batches. On a mesh, all devices have all scores.
+    The whole held-out set is one dispatch: a scan over its batches. On a mesh the groups of devices along ``clients``
+    share the batches, whose number they divide, and all devices have all scores.
     """
 
     def evaluation(base: PyTree, weights: Trainable, batches: Batch) -> Score:
@@ -45,6 +47,9 @@ def make_evaluation(
 
         return jax.lax.map(one, batches)
 
+    if mesh is not None:
+        shared = {"in_specs": (P(), P(), P(CLIENTS)), "out_specs": P(CLIENTS)}
+        evaluation = jax.shard_map(evaluation, mesh=mesh, axis_names={CLIENTS}, **shared)
     return jax.jit(evaluation, out_shardings=replicated(mesh), compiler_options=compiler_options())
 
 

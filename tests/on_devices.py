@@ -20,7 +20,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
-from fslora_jax.backend import compiler_options
 from fslora_jax.bench.engines import engine_round
 from fslora_jax.config import make_config
 from fslora_jax.federation.cohort import plan_layout
@@ -56,11 +55,6 @@ def test_identity_7_eight_devices_are_the_equations():
     found = toy.play(fslora_with("momentum"), MOMENTUM, mesh=toy.mesh_of(8))
     check_with_oracle(found, "momentum", "momentum")
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(found.servers[-1]))
-
-
-def test_several_cpu_devices_compile_without_options():
-    """With those of one device they disturbed one another's results."""
-    assert compiler_options() == compiler_options("bfloat16") == {}
 
 
 def test_identity_7_eight_devices_are_one_with_dropout():

@@ -87,16 +87,16 @@ def test_too_few_rows(pack):
         make_batch(store, np.zeros(2, int), np.array([0, 1]), BatchShape(1, 8, 0), pack)
 
 
-@given(SEEDS, st.integers(1, 30), st.integers(1, 9), st.booleans())
-def test_evaluation_sees_every_example_once(seed, n, batch_examples, pack):
+@given(SEEDS, st.integers(1, 30), st.integers(1, 9), st.integers(1, 5), st.booleans())
+def test_evaluation_sees_every_example_once(seed, n, batch_examples, groups, pack):
     store, _ = random_store(seed)
     examples = np.random.default_rng(seed).permutation(30)[:n]
     unique = np.arange(100, 130)  # labels that tell the examples apart
-    dealt = deal_out(store, examples, batch_examples)
+    dealt = deal_out(store, examples, batch_examples, groups)
     shape = shape_for(store, dealt, LENGTH, pack)
     batches = [make_batch(store, unique, chosen, shape, pack) for chosen in dealt]
     assert len({tuple(a.shape for a in batch) for batch in batches}) == 1
-    assert len(batches) == -(-n // batch_examples)
+    assert len(batches) == groups * -(-n // (groups * batch_examples))
     seen = np.concatenate([np.asarray(b.labels)[np.asarray(b.weights) > 0] for b in batches])
     assert sorted(seen.tolist()) == sorted((100 + examples).tolist())
     for batch in batches:

@@ -41,9 +41,11 @@ def finish(processes: list[subprocess.Popen]) -> None:
     assert codes == [0] * len(codes), "\n".join(outputs)
 
 
-@pytest.mark.parametrize("module", ["on_devices.py", "on_meshes.py"])
-def test_eight_devices(module):
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+@pytest.mark.parametrize(
+    ("module", "count"), [("on_devices.py", 8), ("on_meshes.py", 8), ("on_two_devices.py", 2)]
+)
+def test_several_devices(module, count):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "once_a_file", "--noconftest"]
     finish([start("-m", "pytest", *options, str(HERE / module), XLA_FLAGS=flags)])
 

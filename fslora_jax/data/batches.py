@@ -94,14 +94,14 @@ def shape_for(
 
 
 def deal_out(
-    store: TokenStore, examples: Int[np.ndarray, " m"], batch_examples: int
+    store: TokenStore, examples: Int[np.ndarray, " m"], batch_examples: int, groups: int = 1
 ) -> Int[np.ndarray, "batches E"]:
-    """Every example once, in batches of one size; fillers complete the last ones.
+    """Every example once, in batches of one size, as many for each of the ``groups``; fillers complete the last ones.
 
     Sorted by length and dealt out like cards, so that each batch has the same mix of lengths and takes as
     many rows as any other.
     """
-    num_batches = -(-len(examples) // batch_examples)
+    num_batches = -(-len(examples) // (batch_examples * groups)) * groups
     dealt = np.full((batch_examples, num_batches), FILLER)
     dealt.flat[: len(examples)] = examples[np.argsort(-store.lengths_of(examples), kind="stable")]
     return dealt.T

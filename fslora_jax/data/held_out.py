@@ -56,9 +56,13 @@ def hold_out(
     right: Bool[np.ndarray, " rows"],
     row_length: int,
     pack: bool,
+    groups: int = 1,
 ) -> HeldOut:
-    """Every row once, in batches; ``rows``, ``owner`` and ``right`` as ``each_option`` has them."""
-    slots = deal_out(store, np.arange(len(owner)), min(BATCH, len(owner)))
+    """Every row once, in batches; ``rows``, ``owner`` and ``right`` as ``each_option`` has them.
+
+    So many ``groups`` of devices can share the batches.
+    """
+    slots = deal_out(store, np.arange(len(owner)), min(BATCH, -(-len(owner) // groups)), groups)
     shape = shape_for(store, slots, row_length, pack)
     batches = [make_batch(store, rows.labels, chosen, shape, pack) for chosen in slots]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)

@@ -169,11 +169,13 @@ def tokenise(folder: Path, model: Model, examples: Examples, data: DataConfig) -
     return stored(examples.texts, settings, make)
 
 
-def tokenise_held_out(folder: Path, model: Model, test: Examples, data: DataConfig) -> HeldOut:
-    """Held-out examples, with all their options, as batches."""
+def tokenise_held_out(
+    folder: Path, model: Model, test: Examples, data: DataConfig, groups: int = 1
+) -> HeldOut:
+    """Held-out examples, with all their options, as batches that so many ``groups`` of devices can share."""
     rows, owner, right = each_option(test)
     store = tokenise(folder, model, rows, data)
-    return hold_out(store, rows, owner, right, data.row_length or data.max_length, data.packing)
+    return hold_out(store, rows, owner, right, data.row_length or data.max_length, data.packing, groups)
 
 
 def tokenise_prompts(

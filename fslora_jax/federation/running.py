@@ -29,7 +29,7 @@ from fslora_jax.log import JsonLines, Logger, open_loggers, read_records
 from fslora_jax.methods import Server
 from fslora_jax.processes import leads
 from fslora_jax.rundir import MEMORIES, METRICS
-from fslora_jax.sharding import replicated
+from fslora_jax.sharding import over_clients
 from fslora_jax.types import Batch, Score
 
 Evaluation = Callable[[PyTree, PyTree, Batch], Score]
@@ -67,7 +67,7 @@ class Running:
         self._meter = Meter(federation, last_record(run_dir, self.done))
         self._private = privacy_record(config, federation.method)
         self._evaluation = evaluation
-        self._test = jax.device_put(federation.task.test.batches, replicated(federation.mesh))
+        self._test = jax.device_put(federation.task.test.batches, over_clients(federation.mesh))
 
     def remembering(self, cohort: Cohort) -> Cohort:
         """A cohort whose clients know what they remember; only after the round before."""

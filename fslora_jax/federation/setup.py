@@ -93,7 +93,7 @@ def load_task(config: Config, mesh: Mesh | None, beside: Task | None = None) -> 
         shares=sizes if weighted else np.ones_like(sizes),
         clock=clock,
     )
-    held = tokenise_held_out(folder, model, test, config.data)
+    held = tokenise_held_out(folder, model, test, config.data, client_groups(mesh))
     metrics, marks = TASKS[config.data.task].metrics, marks_of(config, train)
     return Task(model, base, train.label_names, metrics, population, held, marks)
 
