@@ -10,7 +10,8 @@ from typing import Any
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+        "--xla_disable_hlo_passes=cpu-parallel-task-assigner",  # nothing here is large enough to be cut up
         os.environ.get("XLA_FLAGS", ""),
     ]
 )
