@@ -42,15 +42,11 @@ def finish(processes: list[subprocess.Popen]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "flags"),
-    [
-        ("on_devices.py", "--xla_force_host_platform_device_count=8"),
-        ("on_meshes.py", "--xla_force_host_platform_device_count=8"),
-        ("on_two_devices.py", "--xla_force_host_platform_device_count=2 --xla_disable_hlo_passes="),
-    ],
+    ("module", "count"), [("on_devices.py", 8), ("on_meshes.py", 8), ("on_two_devices.py", 2)]
 )
-def test_several_devices(module, flags):
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+def test_several_devices(module, count):
+    kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "disable_hlo_passes" not in flag]
+    flags = " ".join([*kept, f"--xla_force_host_platform_device_count={count}"])
     options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "once_a_file", "--noconftest"]
     finish([start("-m", "pytest", *options, str(HERE / module), XLA_FLAGS=flags)])
 
