@@ -48,8 +48,13 @@ def make_evaluation(
         return jax.lax.map(one, batches)
 
     if mesh is not None:
-        shared = {"in_specs": (P(), P(), P(CLIENTS)), "out_specs": P(CLIENTS)}
-        evaluation = jax.shard_map(evaluation, mesh=mesh, axis_names={CLIENTS}, **shared)
+        evaluation = jax.shard_map(
+            evaluation,
+            mesh=mesh,
+            axis_names={CLIENTS},
+            in_specs=(P(), P(), P(CLIENTS)),
+            out_specs=P(CLIENTS),
+        )
     return jax.jit(evaluation, out_shardings=replicated(mesh), compiler_options=compiler_options())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+        "--xla_cpu_use_fusion_emitters=false",
         "--xla_disable_hlo_passes=cpu-parallel-task-assigner",  # nothing here is large enough to be cut up
         os.environ.get("XLA_FLAGS", ""),
     ]
@@ -75,6 +75,19 @@ def no_figures():
 def kept() -> dict[Hashable, Any]:
     """Compiled programs, by what they depend on."""
     return {}
+
+
+MAPS = Path("/proc/self/maps")
+MANY = 20_000
+"""Linux gives a process 65,530 maps of memory, which machine code takes up; without any LLVM crashes."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_maps():
+    yield
+    if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > MANY:
+        kept().clear()
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
