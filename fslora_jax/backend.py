@@ -27,7 +27,7 @@ CPU_SEVERAL: dict[str, Any] = {"xla_disable_hlo_passes": "cpu-parallel-task-assi
 """For several CPU devices in a process, which keep the cores busy without cutting operations up.
 
 Cut up, and without the fusions, an evaluation gave the first rows of later batches wrong values: jaxlib 0.10.2, after
-about a thousand operations in parts on all devices at once. Nothing else was seen to cure it.
+about a thousand operations in parts on all devices at once. Only this, or the slower fusions, was seen to cure it.
 """
 
 TPUS = ("/dev/accel*", "/dev/vfio/*")

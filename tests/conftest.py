@@ -79,7 +79,7 @@ def kept() -> dict[Hashable, Any]:
 
 MAPS = Path("/proc/self/maps")
 MANY = 20_000
-"""Linux gives a process 65,530 maps of memory, which machine code takes up; without any LLVM crashes."""
+"""Of the 65,530 maps of memory that Linux gives a process, compiled programs had taken 37,000 at the end of the tests."""
 
 
 @pytest.fixture(scope="module", autouse=True)
