@@ -79,7 +79,7 @@ def kept() -> dict[Hashable, Any]:
 
 MAPS = Path("/proc/self/maps")
 MANY = 20_000
-"""Linux gives a process 65,530 maps of memory; at the end of the tests one held 37,000, most of compiled programs."""
+"""Linux gives a process 65,530 maps of memory; at the end of the tests one held 37,000."""
 
 
 @pytest.fixture(scope="module", autouse=True)
