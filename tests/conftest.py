@@ -15,6 +15,9 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
     ]
 )
+os.environ.setdefault(
+    "PJRT_NPROC", "1"
+)  # tests run side by side; more threads of XLA's only get in each other's way
 
 import jax
 import pytest

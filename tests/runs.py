@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from forked import Forked
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from fslora_jax import cli
@@ -159,19 +159,13 @@ def environment(world: World) -> dict[str, str]:
     return os.environ | {"FSLORA_CACHE": str(world.cache)}
 
 
-def start(world: World, *argv: object, driver: str | None = None) -> subprocess.Popen[str]:
+def start(world: World, *argv: object, driver: str | None = None) -> Forked:
     """``fslora ARGV`` as a process of its own; ``driver`` is Python that runs before, such as a patch."""
     code = f"{driver or ''}\nfrom fslora_jax.cli import main\nmain()"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, argv)],
-        env=environment(world),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Forked(code, list(map(str, argv)), environment(world), world.folder)
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 120) -> subprocess.CompletedProcess[str]:
+def finish(process: Forked, seconds: float = 120) -> subprocess.CompletedProcess[str]:
     """Waits for the end; a process that takes too long is killed."""
     try:
         out, err = process.communicate(timeout=seconds)

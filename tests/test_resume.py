@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import runs
+from forked import Forked
 
 from fslora_jax.federation import summary
 
@@ -87,7 +87,7 @@ def test_a_killed_run_ends_as_one_that_was_not(world, finished, tmp_path, moment
     assert not list((run / "checkpoints").glob("*tmp*"))
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_for(path: Path, process: Forked, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not path.exists():
         assert process.poll() is None, process.communicate()

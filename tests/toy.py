@@ -148,7 +148,7 @@ def make_population(ranks: np.ndarray = RANKS, shares: np.ndarray | None = None,
 POPULATION = make_population()
 
 
-@partial(jax.jit, static_argnums=0)
+@cache
 def start(method: Method) -> Server:
     """A server whose B is not zero, so that every factor has a gradient from the first step on."""
     head_key, a_key, b_key = jax.random.split(jax.random.key(0), 3)
