@@ -15,9 +15,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
     ]
 )
-os.environ.setdefault(
-    "PJRT_NPROC", "1"
-)  # tests run side by side; more threads of XLA's only get in each other's way
+# Tests run side by side; more threads of XLA's only get in each other's way.
+os.environ.setdefault("PJRT_NPROC", "1")
 
 import jax
 import pytest

@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -349,7 +350,11 @@ def meetings(run: Path, word: str) -> dict[int, list[int]]:
 def test_a_process_of_its_own_says_one_line_and_ends_with_two(interrupted):
     """Nothing of what the libraries do at their end, or of what they left under way, reaches the terminal."""
     cut(interrupted.run / "checkpoints" / "2" / "default" / "server.safetensors")
-    ended = runs.finish(runs.start(interrupted.world, "eval", interrupted.run))
+    command = [sys.executable, "-c", "from fslora_jax.cli import main; main()", "eval", str(interrupted.run)]
+    environment = runs.environment(
+        interrupted.world
+    )  # not forked: how a whole interpreter ends is what is tested
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert str(interrupted.run / "checkpoints" / "2") in error_of(ended.stderr)
     assert ended.stderr.count("\n") == 1

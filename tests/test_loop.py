@@ -157,16 +157,12 @@ def test_a_round_that_needs_more_rows_than_were_planned_gets_them(world, tmp_pat
     close(tmp_path / str(enough), tmp_path / "1")
 
 
-QUICK = {"lora__lora_dropout": 0.0, "federation__sketching_ratios": [0.5]}
-
-
 def test_several_rounds_in_one_call_are_the_same_to_the_bit(world, tmp_path, monkeypatch):
     """With XLA's usual optimisations; what the tests leave out of them moves the last bit."""
     monkeypatch.delenv("XLA_FLAGS")
     first = "from fslora_jax.cli import main\nmain({!r})"
-    config = runs.write_config(tmp_path / "run.yaml", world, **QUICK)
     commands = [
-        ["train", str(config), "--run-dir", str(tmp_path / n), "--federation.rounds-per-call", n]
+        ["train", str(world.config), "--run-dir", str(tmp_path / n), "--federation.rounds-per-call", n]
         for n in ("1", "8")  # calls of two, as every second round is evaluated
     ]
     ended = runs.finish(runs.start(world, *commands[1], driver=first.format(commands[0])))
