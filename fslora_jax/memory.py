@@ -107,7 +107,7 @@ def _activations(model: Model, base: dict[str, Any], spec: Spec, plan: Plan) -> 
     kept = {
         "full": width,
         "frozen": width + outputs,
-        "none": 4 * width + 2 * outputs + 1.5 * scores,
+        "none": 2 * width + outputs,
     }[plan.remat]
     working = 2 * (4 * width + 2 * outputs) + 3 * scores
     of_layers = tokens * plan.act_bytes * (layers_of(spec) * kept + working)

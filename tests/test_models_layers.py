@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import transformers
 from examples import CONFIG
@@ -11,6 +12,7 @@ from flax import nnx
 from transformers.models.mpnet import modeling_mpnet
 
 from fslora_jax.models import attention, encoder, family, layers, stack
+from fslora_jax.models.activations import ACTIVATIONS, gelu
 from fslora_jax.types import Local, Pair, Trainable
 
 OPTIONS = family.Options("sequence", 3, "mean", jnp.dtype("float32"), 0.5, "xla", "frozen")
@@ -83,11 +85,38 @@ def test_scores_are_float32_under_bfloat16():
     )
 
 
-@pytest.mark.parametrize("act", layers.ACTIVATIONS)
+@pytest.mark.parametrize("act", ACTIVATIONS)
 def test_activations_equal_transformers(act):
     x = np.linspace(-4, 4, 41, dtype=np.float32)
     expected = transformers.activations.ACT2FN[act](torch.tensor(x)).numpy()
-    np.testing.assert_allclose(layers.ACTIVATIONS[act](x), expected, atol=1e-6)
+    np.testing.assert_allclose(ACTIVATIONS[act](x), expected, atol=1e-6)
+
+
+def test_gelu_and_its_slope_are_exact_to_rounding():
+    x = np.linspace(-12, 12, 100_001).astype(np.float32)
+    exact = x.astype(np.float64)
+    below, density = scipy.stats.norm.cdf(exact), scipy.stats.norm.pdf(exact)
+    value, slope = jax.vmap(jax.value_and_grad(gelu))(x)
+    # Beyond 5.6 the exponent's own rounding is more than a millionth of what is left.
+    near = np.abs(x) < 5.6
+    np.testing.assert_allclose(value[near], (exact * below)[near], rtol=1.5e-6)
+    np.testing.assert_allclose(value, exact * below, rtol=2e-7, atol=1e-7)
+    np.testing.assert_allclose(slope, below + exact * density, atol=2.4e-7)
+
+
+def test_gelu_of_halves_is_rounded_once():
+    x = jnp.linspace(-6, 6, 1001).astype(jnp.bfloat16)
+    value, slope = jax.vmap(jax.value_and_grad(gelu))(x)
+    wide = jax.vmap(jax.value_and_grad(gelu))(x.astype(jnp.float32))
+    assert value.dtype == slope.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(value, wide[0].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(slope, wide[1].astype(jnp.bfloat16))
+
+
+def test_gelu_at_the_ends():
+    value, slope = jax.vmap(jax.value_and_grad(gelu))(jnp.array([-1e30, 1e30, jnp.nan]))
+    np.testing.assert_array_equal(value, jnp.array([0, 1e30, jnp.nan]))
+    np.testing.assert_array_equal(slope, [0, 1, np.nan])
 
 
 def test_relative_buckets_equal_transformers():

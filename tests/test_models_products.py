@@ -8,7 +8,7 @@ from examples import assert_close
 from jax.sharding import Mesh
 
 from fslora_jax.models.attention import LOW, attention
-from fslora_jax.models.turned import TURNED, frozen_logits, frozen_product, narrowed, with_turned
+from fslora_jax.models.kernels import TURNED, frozen_logits, frozen_product, laid_out, narrowed
 
 HEAD, LENGTH = 4, 9
 
@@ -123,15 +123,32 @@ def test_kernels_are_turned_beside_themselves_unless_packed_or_shared_out(monkey
     kernel = jnp.arange(24.0).reshape(2, 3, 4)
     linear = {"plain": {"kernel": kernel}, "packed": {"kernel": {"int8": kernel, "scale": kernel[:, 0]}}}
     base = {"layers": {"linear": linear}, "embeddings": {}}
-    turned = with_turned(base)
-    assert turned["layers"]["linear"] is linear
+    turned = laid_out(base)
+    assert turned["layers"]["linear"]["plain"]["kernel"] is kernel
+    assert turned["layers"]["linear"]["packed"] is linear["packed"]
     assert {path: x.tolist() for path, x in turned["layers"][TURNED].items()} == {
         "plain": np.swapaxes(kernel, 1, 2).tolist()
     }
     devices = np.array(jax.devices()[:1] * 2)
-    assert (
-        TURNED in with_turned(base, Mesh(devices.reshape(2, 1, 1), ("clients", "fsdp", "tensor")))["layers"]
-    )
-    assert with_turned(base, Mesh(devices.reshape(1, 2, 1), ("clients", "fsdp", "tensor"))) is base
+    assert TURNED in laid_out(base, Mesh(devices.reshape(2, 1, 1), ("clients", "fsdp", "tensor")))["layers"]
+    assert laid_out(base, Mesh(devices.reshape(1, 2, 1), ("clients", "fsdp", "tensor"))) is base
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert with_turned(base) is base
+    assert laid_out(base) is base
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "room"),
+    [("float32", (5, 512), (32, 0)), ("float32", (1024, 7), (0, 32)), ("bfloat16", (5, 1024), (0, 0))],
+)
+def test_rows_that_a_cpu_would_lose_have_room_between_them_and_products_are_the_same(dtype, sizes, room):
+    i, o = sizes
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.normal(size=(2, *sizes)), dtype)
+    layers = laid_out({"layers": {"linear": {"m": {"kernel": kernel}}}})["layers"]
+    wide, turned = layers["linear"]["m"]["kernel"], layers[TURNED]["m"]
+    assert (wide.shape, turned.shape) == ((2, i, o + room[0]), (2, o, i + room[1]))
+    x, towards = (jnp.asarray(rng.normal(size=(3, n)), jnp.float32) for n in sizes)
+    y, back = jax.vjp(frozen_product, x, wide[1], turned[1])
+    expected, back_of = jax.vjp(frozen_product, x, kernel[1], kernel[1].T)
+    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(back(towards)[0], back_of(towards)[0], rtol=1e-6, atol=1e-5)

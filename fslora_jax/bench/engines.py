@@ -45,7 +45,7 @@ from fslora_jax.federation.setup import (
     set_up,
 )
 from fslora_jax.methods import Client, Combined, Method, Server
-from fslora_jax.models.turned import narrowed, with_turned
+from fslora_jax.models.kernels import laid_out, narrowed
 from fslora_jax.sharding import CLIENTS
 from fslora_jax.types import Local
 
@@ -94,7 +94,7 @@ def compiled(config: Config, federation: Federation, *, tiered: bool, chunks: in
 def python_loop(config: Config, federation: Federation) -> Round:
     """A Python loop over clients: download, compiled local steps, upload; then one update."""
     method, population = federation.method, federation.task.population
-    base = with_turned(narrowed(federation.task.base, config.model.products))
+    base = laid_out(narrowed(federation.task.base, config.model.products))
     server, (keys, rates) = initial_server(config, federation), run_constants(config, federation.mesh)
     sketch_key = jax.random.fold_in(keys.sketch, 0)
     local_steps = partial(

@@ -13,7 +13,7 @@ from fslora_jax.federation.round import Cohort, Constants, Played, make_round, s
 from fslora_jax.federation.setup import Federation
 from fslora_jax.methods import Server
 from fslora_jax.models import shifted
-from fslora_jax.models.turned import narrowed, with_turned
+from fslora_jax.models.kernels import laid_out, narrowed
 
 
 def dispatches(config: Config, done: int) -> list[range]:
@@ -112,7 +112,7 @@ def compile_round(
         passes=federation.steps.passes,
         mesh=federation.mesh,
         shift=shifted,
-        ready=lambda base: with_turned(narrowed(base, config.model.products), federation.mesh),
+        ready=lambda base: laid_out(narrowed(base, config.model.products), federation.mesh),
     )
     if cohort.clients.id.ndim - (runs > 1) > 3:  # (rounds, groups, chunks, slots)
         one_round = several(one_round)

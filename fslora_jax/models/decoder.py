@@ -23,10 +23,10 @@ from fslora_jax.models.decoder_layer import (
 )
 from fslora_jax.models.family import Options
 from fslora_jax.models.generate import Span, generate
+from fslora_jax.models.kernels import frozen_logits
 from fslora_jax.models.layers import Project
 from fslora_jax.models.model import Model, Naming
 from fslora_jax.models.scores import score_labels, score_next
-from fslora_jax.models.turned import frozen_logits
 from fslora_jax.sharding import gathered
 from fslora_jax.types import Batch, Local
 

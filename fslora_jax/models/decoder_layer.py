@@ -9,10 +9,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fslora_jax.models import rope
+from fslora_jax.models.activations import ACTIVATIONS
 from fslora_jax.models.attention import attention, attention_bias
 from fslora_jax.models.family import Options
 from fslora_jax.models.generate import Span
-from fslora_jax.models.layers import ACTIVATIONS, Layer, Project
+from fslora_jax.models.layers import Layer, Project
 from fslora_jax.types import Batch
 
 

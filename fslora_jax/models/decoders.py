@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 from fslora_jax.errors import UserError
+from fslora_jax.models.activations import ACTIVATIONS
 from fslora_jax.models.decoder import decoder
 from fslora_jax.models.decoder_layer import Config, Kind
 from fslora_jax.models.family import Family, Options
 from fslora_jax.models.fields import Fields
-from fslora_jax.models.layers import ACTIVATIONS
 from fslora_jax.models.model import Model, Naming
 from fslora_jax.models.rope import FULL, SLIDING, Rope, read_rope, read_two_ropes
 

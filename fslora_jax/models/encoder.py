@@ -13,12 +13,13 @@ from jaxtyping import Array, Float, Int, Key
 
 from fslora_jax import lora
 from fslora_jax.models import heads, stack
+from fslora_jax.models.activations import ACTIVATIONS
 from fslora_jax.models.attention import attention, attention_bias
 from fslora_jax.models.family import Options
-from fslora_jax.models.layers import ACTIVATIONS, Layer, Project
+from fslora_jax.models.kernels import frozen_logits
+from fslora_jax.models.layers import Layer, Project
 from fslora_jax.models.model import Model, Naming
 from fslora_jax.models.scores import score_labels, score_next
-from fslora_jax.models.turned import frozen_logits
 from fslora_jax.sharding import gathered
 from fslora_jax.types import Batch, Local
 

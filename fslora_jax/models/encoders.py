@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from fslora_jax.errors import UserError
+from fslora_jax.models.activations import ACTIVATIONS
 from fslora_jax.models.encoder import RELATIVE_BUCKETS, Config, Names, Output, Variant, encoder
 from fslora_jax.models.family import Family, Options
 from fslora_jax.models.fields import Fields, check_choice
-from fslora_jax.models.layers import ACTIVATIONS
 from fslora_jax.models.model import Model, Naming
 
 

@@ -4,7 +4,6 @@ All clients of a cohort pass as one batch with a leading axis C, so a frozen mat
 what a client owns is added by ``lora.per_client``.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -14,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from fslora_jax import lora
-from fslora_jax.models.turned import frozen_product
+from fslora_jax.models.kernels import frozen_product
 from fslora_jax.sharding import outputs_split
 from fslora_jax.types import Pair
 
@@ -26,23 +25,6 @@ Project = Callable[[str, Float[Array, "C B L i"]], Float[Array, "C B L o"]]
 
 ADAPTED = "adapted outputs"
 """What modules with an adapter give, by the name that checkpoint policies know."""
-
-
-def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The exact GELU; of halves by erf in float32, for erfc, which is more exact, takes XLA three times as long."""
-    if x.dtype == jnp.float32:
-        return jax.nn.gelu(x, approximate=False)
-    wide = x.astype(jnp.float32)
-    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
-
-
-ACTIVATIONS = {
-    "gelu": gelu,
-    "gelu_new": jax.nn.gelu,
-    "gelu_pytorch_tanh": jax.nn.gelu,
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
 
 
 class Layer(nnx.Module):
@@ -68,7 +50,7 @@ class Layer(nnx.Module):
     ) -> Float[Array, "C B L o"]:
         """The frozen module for all clients at once, plus each client's own low-rank part if it has one.
 
-        ``keys`` are the clients' for this layer's dropout, None in evaluation; ``turned`` as in ``turned.with_turned``.
+        ``keys`` are the clients' for this layer's dropout, None in evaluation; ``turned`` as in ``kernels.laid_out``.
         """
         linear = self.linear[path]
         kernel = linear.kernel[...]

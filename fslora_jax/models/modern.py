@@ -11,12 +11,13 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from fslora_jax import lora
 from fslora_jax.errors import UserError
 from fslora_jax.models import heads, rope, stack
+from fslora_jax.models.activations import ACTIVATIONS
 from fslora_jax.models.attention import attention
 from fslora_jax.models.decoder_layer import Kind, Sight, kinds_of, look
 from fslora_jax.models.decoders import by_type
 from fslora_jax.models.family import Family, Options
 from fslora_jax.models.fields import Fields, check_choice
-from fslora_jax.models.layers import ACTIVATIONS, Layer, Project
+from fslora_jax.models.layers import Layer, Project
 from fslora_jax.models.model import Model, Naming
 from fslora_jax.models.rope import FULL, SLIDING, Rope, read_two_ropes
 from fslora_jax.models.scores import score_labels

@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from fslora_jax.errors import UserError
 from fslora_jax.models.attention import SOFTMAX
+from fslora_jax.models.kernels import TURNED
 from fslora_jax.models.layers import ADAPTED
 from fslora_jax.models.quantise import restore
-from fslora_jax.models.turned import TURNED
 from fslora_jax.sharding import gathered, rows_split
 from fslora_jax.types import Local
 

@@ -27,7 +27,7 @@ from fslora_jax.federation.setup import (
 )
 from fslora_jax.methods import Client, Spec
 from fslora_jax.models import Model, shifted
-from fslora_jax.models.turned import narrowed
+from fslora_jax.models.kernels import narrowed
 from fslora_jax.program import Collective, collectives, matmul_flops
 from fslora_jax.sharding import AXES, base_shardings, client_groups, make_mesh, over_clients, replicated
 from fslora_jax.types import Batch
