@@ -18,6 +18,7 @@ from fslora_jax.federation.local import ClientOptimizer, Rates, train
 from fslora_jax.federation.round import Cohort, make_round
 from fslora_jax.methods import Client, Spec, fedit, fslora
 from fslora_jax.models import Model, build_model
+from fslora_jax.models.kernels import ROOM, laid_out
 from fslora_jax.models.stack import REMAT
 from fslora_jax.targets import select_targets
 from fslora_jax.types import Batch
@@ -51,8 +52,8 @@ EXPECTED = {
 
 
 @cache
-def model() -> Model:
-    return build_model(CONFIG, num_labels=3, pooling="mean", lora_dropout=0.1)
+def model(wide: int = F) -> Model:
+    return build_model(CONFIG | {"intermediate_size": wide}, num_labels=3, pooling="mean", lora_dropout=0.1)
 
 
 def compiled(
@@ -62,22 +63,25 @@ def compiled(
     caps: tuple[int, ...] = (R,) * C,
     dropout: bool = False,
     stack: int = 0,
+    wide: int = F,
+    ready: Callable = lambda base: base,
 ) -> str:
     """The optimised program of a round; ``stack`` gives the base a leading axis. Nothing is run."""
-    targets = select_targets("targets", model().modules, "{layer}.", ["query", "value", "output.dense"])
+    targets = select_targets("targets", model(wide).modules, "{layer}.", ["query", "value", "output.dense"])
     federated = method(Spec(targets, R, 1.0), optax.sgd(1.0))
     one_round = make_round(
-        score or model().score,
+        score or model(wide).score,
         federated,
         ClientOptimizer(optax.trace(0.9), lambda step: jnp.float32(0.1)),
         Layout(caps, 1),
         local_steps=H,
         dropout=dropout,
+        ready=ready,
     )
 
     def arguments():
         key = jax.random.key(0)
-        base = model().init_base(key)
+        base = model(wide).init_base(key)
         if stack:
             base = jax.tree.map(lambda x: jnp.stack([x] * stack), base)
         rows, examples = jnp.ones((C, H, B, L), jnp.int32), jnp.ones((C, H, E))
@@ -86,7 +90,7 @@ def compiled(
         cohort = jax.tree.map(lambda x: x[None, None], Cohort(clients, batch))
         return (
             base,
-            federated.init(key, model().init_head(key)),
+            federated.init(key, model(wide).init_head(key)),
             round_module.Constants(round_module.Keys(key, key, key, key), Rates()),
             cohort,
         )
@@ -108,6 +112,17 @@ def test_frozen_weights_in_tiers_with_dropout():
 
 def test_frozen_weights_in_the_masked_layout():
     check(compiled())
+
+
+def test_frozen_weights_laid_out_for_a_cpu():
+    """Products with the transposes are as many; 512 columns of four bytes have room behind them."""
+    wide, roomy = 512, 512 + ROOM
+    text = compiled(method=fslora, caps=(8, 4, 4, 2, 2), dropout=True, wide=wide, ready=laid_out)
+    assert hlo.frozen_products(text, {(D, D), (D, roomy), (wide, D)}) == {
+        Product((ROWS, D), (D, D), 0): 8,
+        Product((ROWS, D), (D, roomy), 0): 2,
+        Product((ROWS, wide), (wide, D), 0): 2,
+    }
 
 
 def test_the_checks_see_a_base_stacked_over_clients():

@@ -18,11 +18,11 @@ Fitted here to scipy's ``erfcx`` for the smallest relative error, 5e-8 up to ``z
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The exact GELU; halves are computed in float32.
 
-    As exact in float32 as by erfc, a third of its time on a CPU: value and slope share one exponential, and no branch
-    is computed in vain.
+    As exact in float32 as by erfc, in two thirds of its time on a CPU: value and slope share one exponential, and no
+    branch is computed in vain. The backward pass keeps one array, where `jax.nn.gelu` keeps several.
 
-    >>> gelu(jnp.array([-1.0, 0.0, 1.0])).round(4)
-    Array([-0.1587,  0.    ,  0.8413], dtype=float32)
+    >>> [round(float(y), 4) for y in gelu(jnp.array([-1.0, 0.0, 1.0]))]
+    [-0.1587, 0.0, 0.8413]
     """
     wide = x.astype(jnp.float32)
     below, _ = _normal(wide)
