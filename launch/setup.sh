@@ -6,6 +6,5 @@ cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 python=${PYTHON:-python3}
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+# Python compiles what is imported, when it is; to compile all of it takes two cores a minute.
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --editable ".${1:+[$1]}"
-# On all cores, where pip takes one; some packages have files that are no Python.
-"$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || true
