@@ -12,10 +12,15 @@ import jax.numpy as jnp
 
 from fslora_jax.errors import UserError
 
-CPU_OPTIONS: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": "", "xla_cpu_prefer_vector_width": 512}
+CPU_OPTIONS: dict[str, Any] = {
+    "xla_cpu_experimental_ynn_fusion_type": "",
+    "xla_cpu_prefer_vector_width": 512,
+    "xla_backend_optimization_level": 1,
+}
 """XLA's experimental CPU fusions wait on their own thread pool: a round takes two to six times as long with them.
 
-It uses half of AVX-512 unless told otherwise; a CPU without has its own width.
+It uses half of AVX-512 unless told otherwise; a CPU without has its own width. LLVM's second and third level take a
+sixth more time to compile a round and gain it nothing.
 """
 
 CPU_NARROW: dict[str, Any] = CPU_OPTIONS | {
@@ -75,13 +80,15 @@ def split_cpu(devices: int, most: int) -> None:
 def compiler_options(products: str = "same") -> dict[str, Any]:
     """Options for ``jax.jit`` on the default backend; none where this version of XLA does not know them.
 
-    ``products`` as in ``model.products``.
+    ``products`` as in ``model.products``. What XLA_FLAGS says stays as it says.
     """
     if jax.default_backend() != "cpu":
         return {}
     options = CPU_OPTIONS if products == "same" else CPU_NARROW
     if jax.local_device_count() > 1:
         options = options | CPU_SEVERAL
+    flags = os.environ.get("XLA_FLAGS", "")
+    options = {name: value for name, value in options.items() if f"--{name}=" not in flags}
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(jnp.float32(0)).compile()
     except jax.errors.JaxRuntimeError:

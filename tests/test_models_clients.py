@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fslora_jax.errors import UserError
+from fslora_jax.models.kernels import laid_out
 
 
 @settings(max_examples=15, deadline=None)
@@ -54,6 +55,13 @@ def test_tiers_of_different_rank_equal_each_client_alone():
         (alone,), logits_alone = gradients(model, base, [own], *one)
         assert_close(logits[client : client + 1], logits_alone, 1e-5)
         assert_close(mine, alone, 1e-5)
+
+
+def test_layers_with_arrays_of_their_own_drop_what_a_loop_drops():
+    model, base, tier = bert(2, lora_dropout=0.3)
+    batch, keys = make_batch("bert", PACKED, clients=2), jax.random.split(jax.random.key(0), 2)
+    expected = gradients(model, base, [tier], batch, keys)
+    assert_close(gradients(model, laid_out(base, remat="none"), [tier], batch, keys), expected, 1e-5)
 
 
 def test_dropout_is_on_the_adapters_input_only():

@@ -27,6 +27,7 @@ from fslora_jax import lora
 from fslora_jax.backend import compiler_options
 from fslora_jax.models import load_model, stack
 from fslora_jax.models.families import find_family
+from fslora_jax.models.kernels import laid_out
 from fslora_jax.models.table import sources
 from fslora_jax.types import Pair
 
@@ -114,6 +115,23 @@ def test_logits_losses_and_gradients_equal_torch_in_every_layout(tiny):
             for leaf, name in {"kernel": "weight", "bias": "bias"}.items():
                 if leaf in leaves:
                     assert_close(leaves[leaf][client], values[f"{prefix}.{name}"].grad.numpy().T, 2e-4)
+
+
+@pytest.mark.parametrize(
+    "tiny",
+    [("mpnet", "native"), ("modernbert", "native"), ("gemma3_text", "causal")],
+    indirect=True,
+    ids="-".join,
+)
+def test_layers_with_arrays_of_their_own_give_what_a_loop_gives(tiny):
+    """Of families that have a bias for all layers, or arguments of each layer."""
+    tier, in_a_loop = run(tiny, 1.0)
+    apart = laid_out(tiny.base, remat="none")
+    assert len(apart["layers"]) == SIZES["num_hidden_layers"]
+    model, _ = load_model(tiny.folder, num_labels=SIZES["num_labels"], remat="none", **KINDS[tiny.kind][1])
+    found = outputs(model.apply, model.score, apart, tier, batches(tiny.family))
+    for got, expected in zip(found, in_a_loop, strict=True):
+        assert_close(got, expected, 1e-5)
 
 
 @pytest.mark.parametrize("tiny", ONE_EACH, indirect=True, ids="-".join)

@@ -4,7 +4,7 @@ Sizes are chosen so that no two arrays share a shape by chance. Each check has a
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import hlo
 import jax
@@ -52,8 +52,9 @@ EXPECTED = {
 
 
 @cache
-def model(wide: int = F) -> Model:
-    return build_model(CONFIG | {"intermediate_size": wide}, num_labels=3, pooling="mean", lora_dropout=0.1)
+def model(wide: int = F, remat: str = "frozen") -> Model:
+    config = CONFIG | {"intermediate_size": wide}
+    return build_model(config, num_labels=3, pooling="mean", lora_dropout=0.1, remat=remat)
 
 
 def compiled(
@@ -64,13 +65,15 @@ def compiled(
     dropout: bool = False,
     stack: int = 0,
     wide: int = F,
+    remat: str = "frozen",
     ready: Callable = lambda base: base,
 ) -> str:
     """The optimised program of a round; ``stack`` gives the base a leading axis. Nothing is run."""
-    targets = select_targets("targets", model(wide).modules, "{layer}.", ["query", "value", "output.dense"])
+    made = model(wide, remat)
+    targets = select_targets("targets", made.modules, "{layer}.", ["query", "value", "output.dense"])
     federated = method(Spec(targets, R, 1.0), optax.sgd(1.0))
     one_round = make_round(
-        score or model(wide).score,
+        score or made.score,
         federated,
         ClientOptimizer(optax.trace(0.9), lambda step: jnp.float32(0.1)),
         Layout(caps, 1),
@@ -81,7 +84,7 @@ def compiled(
 
     def arguments():
         key = jax.random.key(0)
-        base = model(wide).init_base(key)
+        base = made.init_base(key)
         if stack:
             base = jax.tree.map(lambda x: jnp.stack([x] * stack), base)
         rows, examples = jnp.ones((C, H, B, L), jnp.int32), jnp.ones((C, H, E))
@@ -90,7 +93,7 @@ def compiled(
         cohort = jax.tree.map(lambda x: x[None, None], Cohort(clients, batch))
         return (
             base,
-            federated.init(key, model(wide).init_head(key)),
+            federated.init(key, made.init_head(key)),
             round_module.Constants(round_module.Keys(key, key, key, key), Rates()),
             cohort,
         )
@@ -123,6 +126,30 @@ def test_frozen_weights_laid_out_for_a_cpu():
         Product((ROWS, D), (D, roomy), 0): 2,
         Product((ROWS, wide), (wide, D), 0): 2,
     }
+
+
+def test_layers_with_arrays_of_their_own():
+    """No kernel is copied in a loop, and no gradient goes below the first layer's query, key and value."""
+    caps = (8, 4, 4, 2, 2)
+    text = compiled(method=fslora, caps=caps, remat="none", ready=partial(laid_out, remat="none"))
+    assert hlo.frozen_products(text, KERNELS) == {
+        Product((ROWS, D), (D, D), 0): 8 * N - 3,
+        Product((ROWS, D), (D, F), 0): 2 * N,
+        Product((ROWS, F), (F, D), 0): 2 * N,
+    }
+    assert cut_in_loops(text) == set()
+    logarithms = [i.shapes[0][-2:] for i in hlo.instructions(text) if i.kind == "log"]
+    assert logarithms.count((L, L)) == 1, "who sees whom is worked out more than once"
+
+
+def test_the_check_sees_kernels_cut_in_a_loop():
+    assert cut_in_loops(compiled(method=fslora, caps=(8, 4, 4, 2, 2), ready=laid_out)) == KERNELS
+
+
+def cut_in_loops(text: str) -> set[hlo.Shape]:
+    """Kernels that a loop cuts out of an array of all layers."""
+    cut = (shape for i in hlo.instructions(text) if i.kind == "dynamic-slice" for shape in i.shapes)
+    return {shape[-2:] for shape in cut} & KERNELS
 
 
 def test_the_checks_see_a_base_stacked_over_clients():

@@ -94,7 +94,7 @@ def compiled(config: Config, federation: Federation, *, tiered: bool, chunks: in
 def python_loop(config: Config, federation: Federation) -> Round:
     """A Python loop over clients: download, compiled local steps, upload; then one update."""
     method, population = federation.method, federation.task.population
-    base = laid_out(narrowed(federation.task.base, config.model.products))
+    base = laid_out(narrowed(federation.task.base, config.model.products), remat=config.model.remat)
     server, (keys, rates) = initial_server(config, federation), run_constants(config, federation.mesh)
     sketch_key = jax.random.fold_in(keys.sketch, 0)
     local_steps = partial(

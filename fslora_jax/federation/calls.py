@@ -112,7 +112,9 @@ def compile_round(
         passes=federation.steps.passes,
         mesh=federation.mesh,
         shift=shifted,
-        ready=lambda base: laid_out(narrowed(base, config.model.products), federation.mesh),
+        ready=lambda base: laid_out(
+            narrowed(base, config.model.products), federation.mesh, config.model.remat
+        ),
     )
     if cohort.clients.id.ndim - (runs > 1) > 3:  # (rounds, groups, chunks, slots)
         one_round = several(one_round)

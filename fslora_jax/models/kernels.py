@@ -25,6 +25,11 @@ ALIASED = 2048
 ROOM = 32
 """Columns of zeros; 8 to 64 were as good, 128 were not."""
 
+MOST_APART = 12
+"""Layers that get arrays of their own. A loop over layers copies each one's kernels out of the stack, forward and
+backward, a tenth of a round; without the loop each layer takes most of a second more to compile. What rematerialisation
+asks to compute anew the compiler would keep."""
+
 
 def narrowed(base: dict[str, Any], products: str) -> dict[str, Any]:
     """The base with the kernels of its layers as ``model.products`` has them; packed kernels stay as they are."""
@@ -40,10 +45,11 @@ def narrowed(base: dict[str, Any], products: str) -> dict[str, Any]:
     return base | {"layers": layers | {"linear": linear}}
 
 
-def laid_out(base: dict[str, Any], mesh: Mesh | None = None) -> dict[str, Any]:
+def laid_out(base: dict[str, Any], mesh: Mesh | None = None, remat: str = "frozen") -> dict[str, Any]:
     """The base with its kernels as a CPU multiplies by them fastest, and their transposes, as fast, beside them.
 
     Elsewhere, and of packed kernels, it stays as it is. Devices that share out a kernel keep no second one.
+    With ``model.remat`` "none" up to ``MOST_APART`` layers have arrays of their own, in a tuple.
     """
     shared = mesh is not None and client_groups(mesh) < mesh.size
     if jax.default_backend() != "cpu" or shared:
@@ -52,7 +58,11 @@ def laid_out(base: dict[str, Any], mesh: Mesh | None = None) -> dict[str, Any]:
     plain = {path: m for path, m in layers["linear"].items() if not is_packed(m["kernel"])}
     roomy = {path: m | {"kernel": with_room(m["kernel"])} for path, m in plain.items()}
     turned = {path: with_room(jnp.swapaxes(m["kernel"], -1, -2)) for path, m in plain.items()}
-    return base | {"layers": layers | {"linear": layers["linear"] | roomy, TURNED: turned}}
+    layers = layers | {"linear": layers["linear"] | roomy, TURNED: turned}
+    count = jax.tree.leaves(layers)[0].shape[0]
+    if remat == "none" and count <= MOST_APART:
+        layers = tuple(jax.tree.map(lambda x, n=n: x[n], layers) for n in range(count))
+    return base | {"layers": layers}
 
 
 def with_room(kernel: Float[Array, "*N i o"]) -> Float[Array, "*N i o+"]:

@@ -97,26 +97,44 @@ def scan_layers(
     remat: str = "none",
 ) -> tuple[Float[Array, "C B L D"], PyTree]:
     """`run_layers` with ``call(layer, x, project, shared, *each) -> (x, y)``; the ``y`` of all layers are stacked."""
-    count = jax.tree.leaves(weights)[0].shape[0]
-    turned = weights.get(TURNED, {})
-    weights = {name: part for name, part in weights.items() if name != TURNED}
-    check_tiers(tiers, weights["linear"])
+    apart = isinstance(weights, tuple)
+    count = len(weights) if apart else jax.tree.leaves(weights)[0].shape[0]
+    check_tiers(tiers, (weights[0] if apart else weights)["linear"])
     own = [_layers_first(tier, x.dtype) for tier in tiers]
 
     def step(
         x: Float[Array, "C B L D"],
-        slices: tuple[PyTree, PyTree, list[dict[str, Any]], tuple[PyTree, ...], Int[Array, ""]],
+        slices: tuple[PyTree, list[dict[str, Any]], tuple[PyTree, ...], Int[Array, ""]],
     ) -> tuple[Float[Array, "C B L D"], PyTree]:
-        weights, turned, own, each, number = slices
+        weights, own, each, number = slices
+        turned = weights.get(TURNED, {})
+        weights = {name: part for name, part in weights.items() if name != TURNED}
         layer = nnx.merge(graph, restore(gathered(weights), x.dtype))
         keys = None if dropout is None else jax.vmap(lambda key: jax.random.fold_in(key, number))(dropout)
         return call(
             layer, rows_split(x), partial(layer.project, own=own, keys=keys, turned=turned), shared, *each
         )
 
+    step = REMAT[remat](step)
+    if apart:
+        return _one_by_one(step, x, weights, (own, each, jnp.arange(count)))
     # On a GPU a loop would copy each layer's weights out of the stack, and what is kept for the gradient into one.
     unroll = jax.default_backend() == "gpu"
-    return jax.lax.scan(REMAT[remat](step), x, (weights, turned, own, each, jnp.arange(count)), unroll=unroll)
+    return jax.lax.scan(step, x, (weights, own, each, jnp.arange(count)), unroll=unroll)
+
+
+def _one_by_one(
+    step: Callable[..., tuple[Array, PyTree]],
+    x: Array,
+    weights: tuple[PyTree, ...],
+    stacked: tuple[PyTree, ...],
+) -> tuple[Array, PyTree]:
+    """`jax.lax.scan` without a loop, of layers whose weights are apart; the first one's input gets no gradient."""
+    step, ys = jax.jit(step), []  # traced once
+    for n, of_layer in enumerate(weights):
+        x, y = step(x, (of_layer, *jax.tree.map(lambda leaf, n=n: leaf[n], stacked)))
+        ys.append(y)
+    return x, jax.tree.map(lambda *y: jnp.stack(y), *ys)
 
 
 def check_tiers(tiers: Sequence[Local], modules: Collection[str]) -> None:
