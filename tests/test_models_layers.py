@@ -9,6 +9,7 @@ import torch
 import transformers
 from examples import CONFIG
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from transformers.models.mpnet import modeling_mpnet
 
 from fslora_jax.models import attention, encoder, family, layers, stack
@@ -123,3 +124,17 @@ def test_relative_buckets_equal_transformers():
     positions = torch.arange(300)
     expected = modeling_mpnet.MPNetEncoder.relative_position_bucket(positions - positions[:, None])
     np.testing.assert_array_equal(encoder.relative_buckets(jnp.arange(300)), expected)
+
+
+def test_relative_buckets_on_a_mesh():
+    """As in a round: along ``clients`` each group has its own program, the other axes are the compiler's."""
+    mesh = jax.make_mesh((1, 1), ("clients", "fsdp"), (jax.sharding.AxisType.Auto,) * 2)
+    each = jax.shard_map(
+        encoder.relative_buckets,
+        mesh=mesh,
+        axis_names={"clients"},
+        in_specs=P("clients"),
+        out_specs=P("clients"),
+    )
+    positions = jnp.array([[0, 1, 500]])
+    np.testing.assert_array_equal(jax.jit(each)(positions), encoder.relative_buckets(positions))

@@ -224,7 +224,9 @@ def relative_buckets(positions: Int[Array, "*C L"]) -> Int[Array, "*C L L"]:
     [1, 0, 31]
     """
     distance = positions[..., None, :] - positions[..., :, None]
-    near = jnp.searchsorted(jnp.array(FIRST_DISTANCES), jnp.abs(distance), side="right")
+    near = (jnp.abs(distance)[..., None] >= jnp.array(FIRST_DISTANCES)).sum(
+        -1
+    )  # searchsorted fails in shard_map
     return near + RELATIVE_BUCKETS // 2 * (distance > 0)
 
 
