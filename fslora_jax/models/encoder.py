@@ -224,9 +224,8 @@ def relative_buckets(positions: Int[Array, "*C L"]) -> Int[Array, "*C L L"]:
     [1, 0, 31]
     """
     distance = positions[..., None, :] - positions[..., :, None]
-    near = (jnp.abs(distance)[..., None] >= jnp.array(FIRST_DISTANCES)).sum(
-        -1
-    )  # searchsorted fails in shard_map
+    # searchsorted fails in a shard_map of some of a mesh's axes (jax 0.10.2).
+    near = (jnp.abs(distance)[..., None] >= jnp.array(FIRST_DISTANCES)).sum(-1)
     return near + RELATIVE_BUCKETS // 2 * (distance > 0)
 
 

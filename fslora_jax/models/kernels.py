@@ -26,9 +26,12 @@ ROOM = 32
 """Columns of zeros; 8 to 64 were as good, 128 were not."""
 
 MOST_APART = 12
-"""Layers that get arrays of their own. A loop over layers copies each one's kernels out of the stack, forward and
-backward, a tenth of a round; without the loop each layer takes most of a second more to compile. What rematerialisation
-asks to compute anew the compiler would keep."""
+"""So many layers get arrays of their own, where ``model.remat`` is "none".
+
+A loop over layers copies each one's kernels out of the stack, forward and backward, which takes a tenth of a round;
+without it each layer takes most of a second to compile. And without it XLA merges what is to be computed anew with
+what there is already, and keeps it, so rematerialisation needs the loop.
+"""
 
 
 def narrowed(base: dict[str, Any], products: str) -> dict[str, Any]:
@@ -49,7 +52,7 @@ def laid_out(base: dict[str, Any], mesh: Mesh | None = None, remat: str = "froze
     """The base with its kernels as a CPU multiplies by them fastest, and their transposes, as fast, beside them.
 
     Elsewhere, and of packed kernels, it stays as it is. Devices that share out a kernel keep no second one.
-    With ``model.remat`` "none" up to ``MOST_APART`` layers have arrays of their own, in a tuple.
+    Where ``remat`` (``model.remat``) is "none", up to ``MOST_APART`` layers come as a tuple, unstacked.
     """
     shared = mesh is not None and client_groups(mesh) < mesh.size
     if jax.default_backend() != "cpu" or shared:

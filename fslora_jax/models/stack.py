@@ -73,7 +73,8 @@ def run_layers(
 ) -> Float[Array, "C B L D"]:
     """All layers for all clients; ``shared`` and ``each`` (with a leading axis N) as ``layers.Layer`` has them.
 
-    ``remat`` is a key of ``REMAT``.
+    ``weights`` have a leading axis N as well, or are a tuple of each layer's, which need no loop; ``remat`` is a key
+    of ``REMAT``.
 
     Raises:
       UserError: the tiers adapt different modules, or one that a layer does not have.
