@@ -43,5 +43,4 @@ cat "$work/checks"
 
 say tests and examples
 # Files in their order: the slow ones are spread over it, while xdist would leave those with few tests for the end.
-# One worker more than cores, as a fifth of the time is waiting for processes that tests start.
-"$bin/pytest" -n $(($(nproc) + 1)) --dist loadfile --no-loadscope-reorder --durations 20 --doctest-modules fslora_jax tests
+"$bin/pytest" -n auto --dist loadfile --no-loadscope-reorder --durations 20 --doctest-modules fslora_jax tests
