@@ -16,7 +16,7 @@ from fslora_jax.data.held_out import HeldOut
 from fslora_jax.federation.local import ScoreFn
 from fslora_jax.methods import Spec, whole
 from fslora_jax.metrics import METRICS
-from fslora_jax.sharding import CLIENTS, replicated
+from fslora_jax.sharding import CLIENTS, manual_axes, replicated
 from fslora_jax.types import Batch, Score, Trainable
 
 
@@ -51,7 +51,7 @@ def make_evaluation(
         evaluation = jax.shard_map(
             evaluation,
             mesh=mesh,
-            axis_names={CLIENTS},
+            axis_names=manual_axes(mesh),
             in_specs=(P(), P(), P(CLIENTS)),
             out_specs=P(CLIENTS),
         )

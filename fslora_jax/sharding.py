@@ -85,6 +85,14 @@ def client_groups(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape[CLIENTS]
 
 
+def manual_axes(mesh: Mesh) -> set[str]:
+    """The axes over which a round itself says who does what: all, where the devices of a group have none to share.
+
+    The others are the compiler's, whose partitioner takes a second to find that one device has nothing to share.
+    """
+    return set(mesh.axis_names) if client_groups(mesh) == mesh.size else {CLIENTS}
+
+
 def groups_here(mesh: Mesh) -> Bool[np.ndarray, " groups"]:
     """The groups that this process feeds; a group of several processes is fed by each of them."""
     here = np.array([device.process_index == jax.process_index() for device in mesh.devices.flat])

@@ -17,6 +17,8 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 # Tests run side by side; more threads of XLA's only get in each other's way.
 os.environ.setdefault("PJRT_NPROC", "1")
+# No test asks which lines of Python an operation comes from.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import jax
 import pytest

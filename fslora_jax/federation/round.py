@@ -15,7 +15,7 @@ from fslora_jax.federation.cohort import Layout
 from fslora_jax.federation.local import UNIT, ClientOptimizer, Passes, Rates, ScoreFn, train
 from fslora_jax.methods import TOLD, Client, Combined, Method, Server, merge
 from fslora_jax.random import Purpose, device_key
-from fslora_jax.sharding import CLIENTS, replicated, whole
+from fslora_jax.sharding import CLIENTS, manual_axes, replicated, whole
 from fslora_jax.types import Batch, Local
 
 T = TypeVar("T")
@@ -150,7 +150,7 @@ def make_round(
         collect = jax.shard_map(
             of_group,
             mesh=mesh,
-            axis_names={CLIENTS},
+            axis_names=manual_axes(mesh),
             in_specs=(P(), P(), P(), P(CLIENTS)),
             out_specs=(P(), P(CLIENTS)),
         )
