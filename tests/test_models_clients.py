@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from fslora_jax.errors import UserError
 from fslora_jax.models.kernels import laid_out
+from fslora_jax.types import Batch
 
 
 @settings(max_examples=15, deadline=None)
@@ -78,6 +79,20 @@ def test_dropout_is_on_the_adapters_input_only():
     assert_close(again, on, 0)
     assert np.abs(on - off).max() > 1e-3
     assert np.abs(on - swapped).max() > 1e-3
+
+
+def test_every_layer_drops_other_features():
+    """Of one token: what is dropped has no gradient at the first factor."""
+    model, base, _ = bert(lora_dropout=0.5)
+    path = "intermediate.dense"
+    tier = make_tier(model, model.init_head(jax.random.key(1)), clients=1, k=3, modules=[path])
+    token, example = jnp.ones((1, 1, 1), int), jnp.ones((1, 1))
+    batch = Batch(token, token, 0 * token, 0 * token, example.astype(int), example, token[..., :0])
+    (found,), _ = gradients(model, base, [tier], batch, jax.random.split(jax.random.key(0), 1))
+    kept = np.asarray(found.adapter[path].a[0] != 0).any(-2)
+    assert kept.shape == (3, 16)
+    assert len({tuple(layer) for layer in kept.tolist()}) == 3
+    assert 0 < kept.sum() < kept.size
 
 
 def test_frozen_products_merge_clients_and_base_has_no_gradient():
