@@ -88,7 +88,7 @@ def client_groups(mesh: Mesh | None) -> int:
 def manual_axes(mesh: Mesh) -> set[str]:
     """The axes over which a round itself says who does what: all, where the devices of a group have none to share.
 
-    The others are the compiler's, whose partitioner takes a second to find that one device has nothing to share.
+    Else the others are the compiler's. Left to it needlessly, its partitioner looks through a whole round for a second.
     """
     return set(mesh.axis_names) if client_groups(mesh) == mesh.size else {CLIENTS}
 

@@ -1,4 +1,4 @@
-"""Equal layers, scanned: the weights of all of them on a leading axis, each client's own beside them."""
+"""Equal layers: their weights stacked, for a loop, or apart; each client's own beside them."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
