@@ -30,7 +30,7 @@ class ModelConfig(Section):
     """`cudnn` is flash attention on a GPU in bfloat16; `auto` takes it where it can be had, else `xla`."""
     remat: Literal["none", "frozen", "full"] = "frozen"
     """What the backward pass computes anew to save memory: nothing, all of a layer but its products with frozen
-    weights, or all of it."""
+    weights, or all of it. On a GPU `frozen` keeps as much as `none`. On a CPU `none` is fastest for up to 12 layers."""
     products: Literal["same", "bfloat16"] = "same"
     """Precision of a round's products with frozen kernels: that of `dtype`, or factors in bfloat16 and sums in
     float32, as a TPU multiplies by default; faster on a GPU, and on a CPU with AMX. Evaluation has that of `dtype`."""

@@ -102,8 +102,8 @@ CONFIG = {
 
 
 @functools.cache
-def bert(clients=1, lora_dropout=0.0):
+def bert(clients=1, lora_dropout=0.0, pooling="mean"):
     """A model with random weights and an adapter on everything."""
-    model = build_model(CONFIG, num_labels=3, pooling="mean", lora_dropout=lora_dropout)
+    model = build_model(CONFIG, num_labels=3, pooling=pooling, lora_dropout=lora_dropout)
     head = model.init_head(jax.random.key(1))
     return model, jax.jit(model.init_base)(jax.random.key(0)), make_tier(model, head, clients, k=3)

@@ -28,6 +28,7 @@ from fslora_jax.backend import compiler_options
 from fslora_jax.models import load_model, stack
 from fslora_jax.models.families import find_family
 from fslora_jax.models.kernels import laid_out
+from fslora_jax.models.layers import taken
 from fslora_jax.models.table import sources
 from fslora_jax.types import Pair
 
@@ -119,12 +120,12 @@ def test_logits_losses_and_gradients_equal_torch_in_every_layout(tiny):
 
 @pytest.mark.parametrize(
     "tiny",
-    [("mpnet", "native"), ("modernbert", "native"), ("gemma3_text", "causal")],
+    [("mpnet", "native"), ("modernbert", "native"), ("llama", "native"), ("gemma3_text", "causal")],
     indirect=True,
     ids="-".join,
 )
 def test_layers_with_arrays_of_their_own_give_what_a_loop_gives(tiny):
-    """Of families that have a bias for all layers, or arguments of each layer."""
+    """Of families with a bias for all layers or arguments of each; the last one computes only what is asked."""
     tier, in_a_loop = run(tiny, 1.0)
     apart = laid_out(tiny.base, remat="none")
     assert len(apart["layers"]) == SIZES["num_hidden_layers"]
@@ -139,13 +140,13 @@ def test_embedding_and_every_layer_equal_transformers(tiny, monkeypatch):
     """What enters the first layer, and what each one gives; the logits are what the head makes of the last."""
     found, expected = [], []
 
-    def recording(graph, weights, tiers, x, shared, each=(), **_):
+    def recording(graph, weights, tiers, x, shared, each=(), *, places, **_):
         def call(layer, *args):
             return (y := layer(*args)), y
 
         last, states = stack.scan_layers(call, graph, weights, tiers, x, shared, each)
         found.extend([x, *states])
-        return last
+        return taken(last, places)
 
     monkeypatch.setattr(stack, "run_layers", recording)
     tier = make_tier(tiny.model, tiny.head, CLIENTS, 1, 0.0)

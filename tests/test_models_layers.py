@@ -1,5 +1,7 @@
 """The pieces that models are made of, each against its own oracle."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,10 +30,8 @@ def test_each_module_draws_its_own_mask():
     own = [{query: (pair, scale), key: (pair, scale)}]
     x = jax.random.normal(jax.random.key(1), (1, 2, 3, 16))
     for keys, same in ((None, True), (jax.random.split(jax.random.key(2), 1), False)):
-        assert (
-            jnp.array_equal(layer.project(query, x, own, keys, {}), layer.project(key, x, own, keys, {}))
-            == same
-        )
+        project = partial(layer.project, x=x, own=own, keys=keys, turned={}, length=3)
+        assert jnp.array_equal(project(query), project(key)) == same
 
 
 class Recorder(layers.Layer):
@@ -68,7 +68,8 @@ def test_each_layer_and_client_draws_its_own_mask():
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_drop_keeps_the_mean(rate):
-    dropped = layers.drop(jax.random.key(0), rate, jnp.ones((100, 1000)))
+    kept = jax.random.bernoulli(jax.random.key(0), 1 - rate, (100, 1000))
+    dropped = layers.drop(kept, rate, jnp.ones((100, 1000)))
     np.testing.assert_allclose(np.unique(dropped), [0, 1 / (1 - rate)], rtol=1e-6)
     np.testing.assert_allclose(dropped.mean(), 1, atol=5 * (rate / (1 - rate) / 1e5) ** 0.5)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fslora_jax.errors import UserError
-from fslora_jax.models import attention, heads, stack
+from fslora_jax.models import attention, heads, layers, stack
 from fslora_jax.types import Batch
 
 
@@ -102,4 +102,6 @@ def test_pooling_of_packed_rows(pooling, wanted):
         places=none,
     )
     x = jnp.arange(6.0)[None, None, :, None]
-    np.testing.assert_allclose(heads.pool(x, batch, pooling)[0, :, 0], [*wanted, 0.0])
+    places = heads.places_of(batch, pooling)
+    found = heads.pool(layers.taken(x, places), batch, places)
+    np.testing.assert_allclose(found[0, :, 0], [*wanted, 0.0])

@@ -52,9 +52,9 @@ EXPECTED = {
 
 
 @cache
-def model(wide: int = F, remat: str = "frozen") -> Model:
+def model(wide: int = F, remat: str = "frozen", pooling: str = "mean") -> Model:
     config = CONFIG | {"intermediate_size": wide}
-    return build_model(config, num_labels=3, pooling="mean", lora_dropout=0.1, remat=remat)
+    return build_model(config, num_labels=3, pooling=pooling, lora_dropout=0.1, remat=remat)
 
 
 def compiled(
@@ -66,10 +66,11 @@ def compiled(
     stack: int = 0,
     wide: int = F,
     remat: str = "frozen",
+    pooling: str = "mean",
     ready: Callable = lambda base: base,
 ) -> str:
     """The optimised program of a round; ``stack`` gives the base a leading axis. Nothing is run."""
-    made = model(wide, remat)
+    made = model(wide, remat, pooling)
     targets = select_targets("targets", made.modules, "{layer}.", ["query", "value", "output.dense"])
     federated = method(Spec(targets, R, 1.0), optax.sgd(1.0))
     one_round = make_round(
@@ -140,6 +141,22 @@ def test_layers_with_arrays_of_their_own():
     assert cut_in_loops(text) == set()
     logarithms = [i.shapes[0][-2:] for i in hlo.instructions(text) if i.kind == "log"]
     assert logarithms.count((L, L)) == 1, "who sees whom is worked out more than once"
+
+
+def test_the_last_layer_computes_only_what_is_asked():
+    """A classifier on first tokens: keys and values of all, and all else of the layer for a place for each example."""
+    asked, pooled = C * B * E, C * E
+    text = compiled(remat="none", pooling="native", ready=partial(laid_out, remat="none"))
+    assert hlo.frozen_products(text, KERNELS) == {
+        Product((ROWS, D), (D, D), 0): 8 * (N - 1) - 3 + 4,
+        Product((ROWS, D), (D, F), 0): 2 * (N - 1),
+        Product((ROWS, F), (F, D), 0): 2 * (N - 1),
+        Product((asked, D), (D, D), 0): 4,
+        Product((asked, D), (D, F), 0): 2,
+        Product((asked, F), (F, D), 0): 2,
+        Product((pooled, D), (D, D), 0): 1,
+        Product((pooled, D), (D, D), 1): 1,
+    }
 
 
 def test_the_check_sees_kernels_cut_in_a_loop():

@@ -52,6 +52,7 @@ def attention(
     scale: float | None = None,
     cap: float | None = None,
     implementation: str = "xla",
+    places: Int[Array, "C B Q"] | None = None,
 ) -> Float[Array, "C B Q D"]:
     """Attention of queries on keys; where these have fewer heads, consecutive queries' heads share one.
 
@@ -64,7 +65,11 @@ def attention(
       scale: of the scores, by default ``1 / sqrt(head_dim)``.
       cap: scores are squashed to ``cap * tanh(scores / cap)`` (Gemma 2).
       implementation: one of ``ATTENTIONS``.
+      places: columns of the queries' tokens, where these are not all that the bias is about; -1 is as good as 0.
     """
+    if places is not None:
+        columns = jnp.maximum(places, 0)[:, :, None, :, None]
+        bias, implementation = jnp.take_along_axis(bias, columns, axis=-2, mode="clip"), "xla"
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     if _uses_cudnn(implementation, q.dtype, cap):
         return _cudnn(q, k, v, bias, head_dim, scale)

@@ -93,8 +93,9 @@ def _hidden(
     tiers: Sequence[Local],
     batch: Batch,
     dropout: Key[Array, " C"] | None = None,
-) -> Float[Array, "C B L D"]:
-    """The normalised states after the last layer."""
+    places: Int[Array, "C B T"] | None = None,
+) -> Float[Array, "C B T D"]:
+    """The normalised states after the last layer, of all tokens or of those at ``places``."""
     x = embed(c, gathered(base["embeddings"]), batch.tokens)
     each, sight = (kinds_of(c.layers),), look(c.layers, c.head_dim, batch)
     x = stack.run_layers(
@@ -106,6 +107,7 @@ def _hidden(
         each,
         dropout=dropout,
         remat=remat,
+        places=places,
     )
     return nnx.merge(graphs["final"], base["final"])["norm"](x)
 
@@ -155,7 +157,8 @@ def _classify(
     batch: Batch,
     dropout: Key[Array, " C"] | None = None,
 ) -> Float[Array, "C E labels"]:
-    x = heads.pool(hidden(base, tiers, batch, dropout), batch, pooling)
+    places = heads.places_of(batch, pooling)
+    x = heads.pool(hidden(base, tiers, batch, dropout, places), batch, places)
     return lora.per_client(partial(heads.classify, head), [tier.weights.head for tier in tiers], x)
 
 

@@ -1,6 +1,7 @@
 """A layer of Llama-like decoders, and what sets one family's apart from another's."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from fslora_jax.models.activations import ACTIVATIONS
 from fslora_jax.models.attention import attention, attention_bias
 from fslora_jax.models.family import Options
 from fslora_jax.models.generate import Span
-from fslora_jax.models.layers import Layer, Project
+from fslora_jax.models.layers import Layer, Project, taken
 from fslora_jax.types import Batch
 
 
@@ -165,10 +166,15 @@ class DecoderLayer(Layer):
         self.implementation = options.attention
 
     def __call__(
-        self, x: Float[Array, "C B L D"], project: Project, sight: Sight, kind: Int[Array, ""]
-    ) -> Float[Array, "C B L D"]:
+        self,
+        x: Float[Array, "C B L D"],
+        project: Project,
+        sight: Sight,
+        kind: Int[Array, ""],
+        places: Int[Array, "C B T"] | None = None,
+    ) -> Float[Array, "C B T D"]:
         """One layer for all clients; ``kind`` says which of the sights is this layer's."""
-        return self.attend(x, project, sight, kind, lambda own: own)[0]
+        return self.attend(x, project, sight, kind, lambda own: own, places)[0]
 
     def attend(
         self,
@@ -177,33 +183,40 @@ class DecoderLayer(Layer):
         sight: Sight,
         kind: Int[Array, ""],
         remember: Callable[[Memory], Memory],
-    ) -> tuple[Float[Array, "C B Q D"], Memory]:
+        places: Int[Array, "C B T"] | None = None,
+    ) -> tuple[Float[Array, "C B T D"], Memory]:
         """The layer, and the keys and values of ``x``; ``remember`` adds to these what else there is to see."""
         c, norm = self.config, self.norm
         mine = jax.tree.map(lambda leaf: leaf[kind], sight)
-        q, *own = self.queries_keys_values(norm["input_layernorm"](x), project, mine.rotation)
+        q, *own = self.queries_keys_values(norm["input_layernorm"](x), project, mine.rotation, places)
+        project = partial(project, places=places)  # the rest of the layer
         seen = remember(Memory(*own))
         mixed = attention(
             *(q, seen.keys, seen.values, mine.bias, c.head_dim),
             scale=c.attention_scale,
             cap=c.attention_cap,
             implementation=self.implementation,
+            places=places,
         )
-        return self.feed_forward(x, project("self_attn.o_proj", mixed), project), Memory(*own)
+        return self.feed_forward(taken(x, places), project("self_attn.o_proj", mixed), project), Memory(*own)
 
     def queries_keys_values(
-        self, x: Float[Array, "C B L D"], project: Project, rotation: Float[Array, "2 C B L 1 half"]
-    ) -> tuple[Float[Array, "C B L q"], Float[Array, "C B L k"], Float[Array, "C B L k"]]:
+        self,
+        x: Float[Array, "C B L D"],
+        project: Project,
+        rotation: Float[Array, "2 C B L 1 half"],
+        places: Int[Array, "C B T"] | None,
+    ) -> tuple[Float[Array, "C B T q"], Float[Array, "C B L k"], Float[Array, "C B L k"]]:
         """What attention works on, at rotated positions; keys and values are all that later tokens need."""
 
-        def turned(name: str) -> Float[Array, "C B L o"]:
-            flat = project(f"self_attn.{name}_proj", x)
+        def turned(name: str, places: Int[Array, "C B T"] | None) -> Float[Array, "C B T o"]:
+            flat = project(f"self_attn.{name}_proj", taken(x, places), places)
             split = flat.reshape(*flat.shape[:-1], -1, self.config.head_dim)
             if self.config.qk_norm:
                 split = self.norm[f"self_attn.{name}_norm"](split)
-            return rope.rotate(split, rotation).reshape(flat.shape)
+            return rope.rotate(split, rope.of_places(rotation, places)).reshape(flat.shape)
 
-        return turned("q"), turned("k"), project("self_attn.v_proj", x)
+        return turned("q", places), turned("k", None), project("self_attn.v_proj", x)
 
     def feed_forward(
         self, x: Float[Array, "C B L D"], mixed: Float[Array, "C B L D"], project: Project

@@ -17,7 +17,7 @@ from fslora_jax.models.activations import ACTIVATIONS
 from fslora_jax.models.attention import attention, attention_bias
 from fslora_jax.models.family import Options
 from fslora_jax.models.kernels import frozen_logits
-from fslora_jax.models.layers import Layer, Project
+from fslora_jax.models.layers import Layer, Project, taken
 from fslora_jax.models.model import Model, Naming
 from fslora_jax.models.scores import score_labels, score_next
 from fslora_jax.sharding import gathered
@@ -166,15 +166,19 @@ def _hidden(
     tiers: Sequence[Local],
     batch: Batch,
     dropout: Key[Array, " C"] | None = None,
-) -> Float[Array, "C B L D"]:
-    """The states after the last layer."""
+    places: Int[Array, "C B T"] | None = None,
+) -> Float[Array, "C B T D"]:
+    """The states after the last layer, of all tokens or of those at ``places``."""
     x = nnx.merge(graphs["embeddings"], gathered(base["embeddings"]))(batch)
     bias = attention_bias(batch.segments, batch.positions if variant.output else None)
     if variant.relative:
         buckets = nnx.merge(graphs["relative"], base["relative"])["relative_attention_bias"]
         bias += jnp.moveaxis(buckets(relative_buckets(batch.positions)).astype(bias.dtype), -1, 2)
     return stack.run_layers(
-        graphs["layers"], base["layers"], tiers, x, bias, dropout=dropout, remat=options.remat
+        *(graphs["layers"], base["layers"], tiers, x, bias),
+        dropout=dropout,
+        remat=options.remat,
+        places=places,
     )
 
 
@@ -188,7 +192,8 @@ def _classify(
     batch: Batch,
     dropout: Key[Array, " C"] | None = None,
 ) -> Float[Array, "C E labels"]:
-    x = heads.pool(hidden(base, tiers, batch, dropout), batch, variant.pooling)
+    places = heads.places_of(batch, variant.pooling)
+    x = heads.pool(hidden(base, tiers, batch, dropout, places), batch, places)
     if variant.pooler:
         dense = nnx.merge(graphs["pooler"], base["pooler"])["dense"]
         x = jnp.tanh(dense(x.astype(options.dtype)).astype(jnp.float32))
@@ -283,12 +288,21 @@ class EncoderLayer(Layer):
         self.implementation = options.attention
 
     def __call__(
-        self, x: Float[Array, "C B L D"], project: Project, bias: Float[Array, "C B h L L"]
-    ) -> Float[Array, "C B L D"]:
+        self,
+        x: Float[Array, "C B L D"],
+        project: Project,
+        bias: Float[Array, "C B h L L"],
+        places: Int[Array, "C B T"] | None = None,
+    ) -> Float[Array, "C B T D"]:
         """One layer for all clients."""
         names = self.names
-        q, k, v = (project(name, x) for name in (names.query, names.key, names.value))
-        mixed = attention(q, k, v, bias, self.head_dim, implementation=self.implementation)
-        x = self.norm[names.attention_norm](project(names.output, mixed) + x)
-        wide = ACTIVATIONS[self.hidden_act](project(names.up, x))
-        return self.norm[names.mlp_norm](project(names.down, wide) + x)
+        asked = taken(x, places)
+        q = project(names.query, asked, places)
+        mixed = attention(
+            *(q, project(names.key, x), project(names.value, x), bias, self.head_dim),
+            implementation=self.implementation,
+            places=places,
+        )
+        x = self.norm[names.attention_norm](project(names.output, mixed, places) + asked)
+        wide = ACTIVATIONS[self.hidden_act](project(names.up, x, places))
+        return self.norm[names.mlp_norm](project(names.down, wide, places) + x)

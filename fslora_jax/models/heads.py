@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from fslora_jax.types import Batch, Head
 
@@ -21,18 +21,32 @@ def init_head(
     }
 
 
-def pool(x: Float[Array, "C B L D"], batch: Batch, pooling: str) -> Float[Array, "C E D"]:
-    """One float32 vector per example, 0 for an empty filler.
+def places_of(batch: Batch, pooling: str) -> Int[Array, "C B E"] | None:
+    """Where in each row each example has its "first" or "last" token, -1 where it has none; None for the "mean".
 
-    It is the "mean" over the example's tokens, or its "first" or "last" token.
+    >>> segments = jnp.array([[[1, 1, 2], [3, 3, 0]]])
+    >>> batch = Batch(segments, segments, segments, segments, jnp.zeros((1, 3)), jnp.ones((1, 3)), segments)
+    >>> places_of(batch, "last").tolist()
+    [[[1, 2, -1], [-1, -1, 1]]]
     """
-    examples = jnp.arange(1, batch.labels.shape[-1] + 1)
-    mine = batch.segments[..., None] == examples
-    if pooling == "first":
-        mine &= (batch.positions == 0)[..., None]
-    elif pooling == "last":
-        longest = jnp.where(mine, batch.positions[..., None], -1).max((1, 2), keepdims=True)
-        mine &= batch.positions[..., None] == longest
+    if pooling == "mean":
+        return None
+    mine = batch.segments[..., None, :] == jnp.arange(1, batch.labels.shape[-1] + 1)[:, None]  # (C, B, E, L)
+    length = mine.shape[-1]
+    place = mine.argmax(-1) if pooling == "first" else length - 1 - mine[..., ::-1].argmax(-1)
+    return jnp.where(mine.any(-1), place, -1)
+
+
+def pool(
+    x: Float[Array, "C B T D"], batch: Batch, places: Int[Array, "C B E"] | None = None
+) -> Float[Array, "C E D"]:
+    """One float32 vector per example, 0 for an empty filler: the mean over its tokens' states.
+
+    With ``places`` (`places_of`) it is that of the one token of each example that ``x`` has.
+    """
+    if places is not None:
+        return jnp.where((places >= 0)[..., None], x, 0).sum(1, dtype=jnp.float32)
+    mine = batch.segments[..., None] == jnp.arange(1, batch.labels.shape[-1] + 1)
     total = jnp.einsum("cble,cbld->ced", mine.astype(x.dtype), x, preferred_element_type=jnp.float32)
     return total / jnp.maximum(mine.sum((1, 2)), 1)[..., None]
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from fslora_jax import lora
 from fslora_jax.models.kernels import frozen_product
@@ -20,8 +20,11 @@ from fslora_jax.types import Pair
 Own = Sequence[Mapping[str, tuple[Pair, Float[Array, "C k"]]]]
 """One layer's adapters: for each tier, module path -> (factors, scale), stacked over the tier's clients."""
 
-Project = Callable[[str, Float[Array, "C B L i"]], Float[Array, "C B L o"]]
-"""A linear module of a layer, by path, with its adapters."""
+Project = Callable[..., Float[Array, "C B T o"]]
+"""``(path, x, places=None) -> y``: a linear module of a layer, with its adapters.
+
+``places`` say which tokens of their rows ``x`` has, where these are not all.
+"""
 
 ADAPTED = "adapted outputs"
 """What modules with an adapter give, by the name that checkpoint policies know."""
@@ -31,7 +34,8 @@ class Layer(nnx.Module):
     """Linear modules and norms by path; a subclass says how they make a layer.
 
     Its ``__call__(x, project, shared, *each)`` gets ``project`` for its linear modules, what all layers see
-    alike (such as the attention's bias) and what is this layer's own beside its weights.
+    alike (such as the attention's bias) and what is this layer's own beside its weights. With ``places`` ``(C, B, T)``
+    it gives the states of these tokens alone.
     """
 
     def __init__(self, linear: dict[str, nnx.Linear], norm: dict[str, nnx.Module], lora_dropout: float):
@@ -43,14 +47,18 @@ class Layer(nnx.Module):
     def project(
         self,
         path: str,
-        x: Float[Array, "C B L i"],
+        x: Float[Array, "C B T i"],
+        places: Int[Array, "C B T"] | None = None,
+        *,
         own: Own,
         keys: Key[Array, " C"] | None,
         turned: Mapping[str, Float[Array, "o i"]],
-    ) -> Float[Array, "C B L o"]:
+        length: int,
+    ) -> Float[Array, "C B T o"]:
         """The frozen module for all clients at once, plus each client's own low-rank part if it has one.
 
         ``keys`` are the clients' for this layer's dropout, None in evaluation; ``turned`` as in ``kernels.laid_out``.
+        A token's dropout is the same whichever of a row's ``length`` tokens ``x`` has.
         """
         linear = self.linear[path]
         kernel = linear.kernel[...]
@@ -63,12 +71,21 @@ class Layer(nnx.Module):
         if path not in own[0]:
             return y
         if keys is not None and self.lora_dropout:
-            module = self.paths.index(path)
-            x = jax.vmap(lambda key, x: drop(jax.random.fold_in(key, module), self.lora_dropout, x))(keys, x)
+            own_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, self.paths.index(path))
+            whole = x.shape[1], length, x.shape[3]
+            kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.lora_dropout, whole))(own_keys)
+            x = drop(taken(kept, places), self.lora_dropout, x)
         y += lora.per_client(lambda mine, x: lora.delta(mine[0], mine[1], x), [tier[path] for tier in own], x)
         return checkpoint_name(y, ADAPTED)
 
 
-def drop(key: Key[Array, ""], rate: float, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Inverted dropout: zero with probability ``rate``, the rest scaled to keep the mean."""
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+def taken(x: Shaped[Array, "C B L D"], places: Int[Array, "C B T"] | None) -> Shaped[Array, "C B T D"]:
+    """What belongs to some tokens of each row, by default all; for place -1 to the first."""
+    if places is None:
+        return x
+    return jnp.take_along_axis(x, jnp.maximum(places, 0)[..., None], axis=2, mode="clip")
+
+
+def drop(kept: Bool[Array, "*shape"], rate: float, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Inverted dropout: zero where not ``kept``, the rest scaled to keep the mean."""
+    return jnp.where(kept, x / (1 - rate), 0)

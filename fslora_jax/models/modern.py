@@ -17,7 +17,7 @@ from fslora_jax.models.decoder_layer import Kind, Sight, kinds_of, look
 from fslora_jax.models.decoders import by_type
 from fslora_jax.models.family import Family, Options
 from fslora_jax.models.fields import Fields, check_choice
-from fslora_jax.models.layers import Layer, Project
+from fslora_jax.models.layers import Layer, Project, taken
 from fslora_jax.models.model import Model, Naming
 from fslora_jax.models.rope import FULL, SLIDING, Rope, read_two_ropes
 from fslora_jax.models.scores import score_labels
@@ -166,7 +166,8 @@ class ModernLayer(Layer):
         sight: Sight,
         kind: Int[Array, ""],
         first: Bool[Array, ""],
-    ) -> Float[Array, "C B L D"]:
+        places: Int[Array, "C B T"] | None = None,
+    ) -> Float[Array, "C B T D"]:
         """One layer for all clients; ``kind`` says which of the sights is this layer's."""
         c, bias, rotation = self.config, sight.bias[kind], sight.rotation[kind]
 
@@ -176,10 +177,14 @@ class ModernLayer(Layer):
 
         fused = project("attn.Wqkv", jnp.where(first, x, self.norm["attn_norm"](x)))
         q, k, v = jnp.split(fused, 3, axis=-1)
-        mixed = attention(turned(q), turned(k), v, bias, c.head_dim, implementation=self.implementation)
-        x += project("attn.Wo", mixed)
-        wide, gate = jnp.split(project("mlp.Wi", self.norm["mlp_norm"](x)), 2, axis=-1)
-        return x + project("mlp.Wo", ACTIVATIONS[c.hidden_activation](wide) * gate)
+        mixed = attention(
+            *(taken(turned(q), places), turned(k), v, bias, c.head_dim),
+            implementation=self.implementation,
+            places=places,
+        )
+        x = taken(x, places) + project("attn.Wo", mixed, places)
+        wide, gate = jnp.split(project("mlp.Wi", self.norm["mlp_norm"](x), places), 2, axis=-1)
+        return x + project("mlp.Wo", ACTIVATIONS[c.hidden_activation](wide) * gate, places)
 
 
 def _classify(
@@ -197,8 +202,12 @@ def _classify(
     x = embeddings["norm"](embeddings["tok_embeddings"](batch.tokens))
     sight = look(c.layers, c.head_dim, batch, two_sided=True)
     each = kinds_of(c.layers), jnp.arange(len(c.layers)) == 0
+    places = heads.places_of(batch, "first" if native and c.classifier_pooling == "cls" else "mean")
     x = stack.run_layers(
-        graphs["layers"], base["layers"], tiers, x, sight, each, dropout=dropout, remat=options.remat
+        *(graphs["layers"], base["layers"], tiers, x, sight, each),
+        dropout=dropout,
+        remat=options.remat,
+        places=places,
     )
     x = nnx.merge(graphs["final"], base["final"])["final_norm"](x)
 
@@ -206,10 +215,10 @@ def _classify(
         return pooler["norm"](ACTIVATIONS[c.classifier_activation](pooler["dense"](x)))
 
     if native:
-        pooled = heads.pool(x, batch, "first" if c.classifier_pooling == "cls" else "mean")
+        pooled = heads.pool(x, batch, places)
         pooled = head(pooled.astype(options.dtype)).astype(jnp.float32)
     else:
-        pooled = heads.pool(head(x), batch, "mean")
+        pooled = heads.pool(head(x), batch)
     return lora.per_client(partial(heads.classify, HEAD), [tier.weights.head for tier in tiers], pooled)
 
 

@@ -99,6 +99,15 @@ def rotations(
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
 
 
+def of_places(
+    rotation: Float[Array, "2 C B L 1 half"], places: Int[Array, "C B T"] | None
+) -> Float[Array, "2 C B T 1 half"]:
+    """The rotations of some tokens of each row, by default all; for place -1 the first one's."""
+    if places is None:
+        return rotation
+    return jnp.take_along_axis(rotation, jnp.maximum(places, 0)[None, ..., None, None], axis=3, mode="clip")
+
+
 def rotate(
     x: Float[Array, "*C B L H d"], rotation: Float[Array, "2 *C B L 1 half"]
 ) -> Float[Array, "*C B L H d"]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree, Real
+from jaxtyping import Array, Float, Int, Key, PyTree, Real, Shaped
 
 from fslora_jax.types import Batch, Local, Score
 
@@ -64,7 +64,7 @@ PIECE_BYTES = 2**28
 
 
 def score_next(
-    hidden: Callable[..., Float[Array, "C B L D"]],
+    hidden: Callable[..., Float[Array, "C B T D"]],
     logits: Callable[..., Float[Array, "C B t V"]],
     base: PyTree,
     tiers: Sequence[Local],
@@ -73,36 +73,38 @@ def score_next(
 ) -> Score:
     """The score of a language model on the tokens after ``batch.places``, piece by piece.
 
-    ``hidden(base, tiers, batch, dropout)`` gives the states of all tokens, ``logits(base, states)`` what they
+    ``hidden(base, tiers, batch, dropout, places)`` gives the states of tokens, ``logits(base, states)`` what they
     predict. The logits of a whole cohort would be far larger than all else, so they are made for some places at
     a time, and anew in the backward pass.
     """
-    x = hidden(base, tiers, batch, dropout)
+    x = hidden(base, tiers, batch, dropout, batch.places)
 
-    def piece(places: Int[Array, "C B t"]) -> Score:
-        states = jnp.take_along_axis(x, jnp.maximum(places, 0)[..., None], axis=-2)
+    def piece(part: tuple[Int[Array, "C B t"], Float[Array, "C B t D"]]) -> Score:
+        places, states = part
         return of_tokens(logits(base, states), batch._replace(places=places))
 
     vocab = jax.eval_shape(logits, base, x).shape[-1]
-    pieces = in_pieces(batch.places, max(1, PIECE_BYTES // (4 * vocab * x[:, :, 0, 0].size)))
-    if len(pieces) == 1:
-        return piece(pieces[0])
+    size = max(1, PIECE_BYTES // (4 * vocab * x[:, :, 0, 0].size))
+    pieces = in_pieces(batch.places, size, -1), in_pieces(x, size)
+    if len(pieces[0]) == 1:
+        return piece((batch.places, x))
     return jax.tree.map(
         lambda sums: sums.sum(0), jax.lax.map(jax.checkpoint(piece, prevent_cse=False), pieces)
     )
 
 
-def in_pieces(places: Int[Array, "C B T"], size: int) -> Int[Array, "P C B t"]:
-    """Places cut along T into the fewest equal pieces of at most ``size``, filled up with -1.
+def in_pieces(x: Shaped[Array, "C B T *rest"], size: int, fill: int = 0) -> Shaped[Array, "P C B t *rest"]:
+    """``x`` cut along T into the fewest equal pieces of at most ``size``, filled up.
 
-    >>> in_pieces(jnp.array([[[4, 5, 6]]]), 2).tolist()
+    >>> in_pieces(jnp.array([[[4, 5, 6]]]), 2, -1).tolist()
     [[[[4, 5]]], [[[6, -1]]]]
     """
-    number = max(1, math.ceil(places.shape[-1] / size))
-    width = math.ceil(places.shape[-1] / number)
-    fill = [(0, 0), (0, 0), (0, number * width - places.shape[-1])]
-    filled = jnp.pad(places, fill, constant_values=-1)
-    return jnp.moveaxis(filled.reshape(*filled.shape[:2], number, width), 2, 0)
+    count = x.shape[2]
+    number = max(1, math.ceil(count / size))
+    width = math.ceil(count / number)
+    around = [(0, 0), (0, 0), (0, number * width - count)] + [(0, 0)] * (x.ndim - 3)
+    filled = jnp.pad(x, around, constant_values=fill)
+    return jnp.moveaxis(filled.reshape(*x.shape[:2], number, width, *x.shape[3:]), 2, 0)
 
 
 def _weighted(batch: Batch, *sums: Array) -> Score:

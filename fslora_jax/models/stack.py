@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from fslora_jax.errors import UserError
 from fslora_jax.models.attention import SOFTMAX
 from fslora_jax.models.kernels import TURNED
-from fslora_jax.models.layers import ADAPTED
+from fslora_jax.models.layers import ADAPTED, taken
 from fslora_jax.models.quantise import restore
 from fslora_jax.sharding import gathered, rows_split
 from fslora_jax.types import Local
@@ -70,20 +70,26 @@ def run_layers(
     each: tuple[PyTree, ...] = (),
     dropout: Key[Array, " C"] | None = None,
     remat: str = "frozen",
-) -> Float[Array, "C B L D"]:
+    places: Int[Array, "C B T"] | None = None,
+) -> Float[Array, "C B T D"]:
     """All layers for all clients; ``shared`` and ``each`` (with a leading axis N) as ``layers.Layer`` has them.
 
     ``weights`` have a leading axis N as well, or are a tuple of each layer's, which need no loop; ``remat`` is a key
-    of ``REMAT``.
+    of ``REMAT``. With ``places`` only the states of these tokens of each row are given (of the first one for -1).
+    Without a loop the last layer then leaves out what nobody asks for.
 
     Raises:
       UserError: the tiers adapt different modules, or one that a layer does not have.
     """
 
-    def call(layer: Callable[..., Any], *args: Any) -> tuple[Any, None]:
-        return layer(*args), None
+    def call(layer: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, None]:
+        return layer(*args, **options), None
 
-    return scan_layers(call, graph, weights, tiers, x, shared, each, dropout, remat)[0]
+    if places is None or is_looped(weights, remat):
+        x, _ = scan_layers(call, graph, weights, tiers, x, shared, each, dropout, remat)
+        return x if places is None else taken(x, places)
+    last = partial(call, places=places)
+    return scan_layers(call, graph, weights, tiers, x, shared, each, dropout, remat, last)[0]
 
 
 def scan_layers(
@@ -96,14 +102,19 @@ def scan_layers(
     each: tuple[PyTree, ...] = (),
     dropout: Key[Array, " C"] | None = None,
     remat: str = "none",
+    last: Callable[..., tuple[Any, PyTree]] | None = None,
 ) -> tuple[Float[Array, "C B L D"], PyTree]:
-    """`run_layers` with ``call(layer, x, project, shared, *each) -> (x, y)``; the ``y`` of all layers are stacked."""
+    """`run_layers` with ``call(layer, x, project, shared, *each) -> (x, y)``; the ``y`` of all layers are stacked.
+
+    Without a loop the last layer may have a call of its own.
+    """
     apart = isinstance(weights, tuple)
     count = len(weights) if apart else jax.tree.leaves(weights)[0].shape[0]
     check_tiers(tiers, (weights[0] if apart else weights)["linear"])
     own = [_layers_first(tier, x.dtype) for tier in tiers]
 
     def step(
+        call: Callable[..., tuple[Any, PyTree]],
         x: Float[Array, "C B L D"],
         slices: tuple[PyTree, list[dict[str, Any]], tuple[PyTree, ...], Int[Array, ""]],
     ) -> tuple[Float[Array, "C B L D"], PyTree]:
@@ -113,29 +124,38 @@ def scan_layers(
         layer = nnx.merge(graph, restore(gathered(weights), x.dtype))
         keys = None if dropout is None else jax.vmap(lambda key: jax.random.fold_in(key, number))(dropout)
         return call(
-            layer, rows_split(x), partial(layer.project, own=own, keys=keys, turned=turned), shared, *each
+            layer,
+            rows_split(x),
+            partial(layer.project, own=own, keys=keys, turned=turned, length=x.shape[2]),
+            shared,
+            *each,
         )
 
-    step = REMAT[remat](step)
-    if apart:
-        return _one_by_one(step, x, weights, (own, each, jnp.arange(count)))
-    # On a GPU a loop would copy each layer's weights out of the stack, and what is kept for the gradient into one.
-    unroll = jax.default_backend() == "gpu"
-    return jax.lax.scan(step, x, (weights, own, each, jnp.arange(count)), unroll=unroll)
-
-
-def _one_by_one(
-    step: Callable[..., tuple[Array, PyTree]],
-    x: Array,
-    weights: tuple[PyTree, ...],
-    stacked: tuple[PyTree, ...],
-) -> tuple[Array, PyTree]:
-    """`jax.lax.scan` without a loop, of layers whose weights are apart; the first one's input gets no gradient."""
-    step, ys = jax.jit(step), []  # traced once
-    for n, of_layer in enumerate(weights):
-        x, y = step(x, (of_layer, *jax.tree.map(lambda leaf, n=n: leaf[n], stacked)))
+    own_of, kept = (own, each, jnp.arange(count)), REMAT[remat]
+    if is_looped(weights, remat):
+        return jax.lax.scan(kept(partial(step, call)), x, (weights, *own_of))
+    layers = weights if apart else [_layer(weights, n) for n in range(count)]
+    each_step = jax.jit(kept(partial(step, call)))  # traced once
+    last_step = each_step if last is None else kept(partial(step, last))
+    ys = []
+    for n, of_layer in enumerate(layers):
+        x, y = (each_step if n < count - 1 else last_step)(x, (of_layer, *_layer(own_of, n)))
         ys.append(y)
     return x, jax.tree.map(lambda *y: jnp.stack(y), *ys)
+
+
+def is_looped(weights: PyTree, remat: str) -> bool:
+    """Whether layers run in a loop, compiled once for all.
+
+    Not where their weights are apart; nor on a GPU, where a loop would copy each layer's weights out of the stack, and
+    what is kept for the gradient into one. But outside a loop XLA merges what is to be computed anew with what there
+    is already, and keeps it, so there to save memory takes a loop, too.
+    """
+    return not isinstance(weights, tuple) and (jax.default_backend() != "gpu" or remat == "full")
+
+
+def _layer(stacked: PyTree, n: int) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[n], stacked)
 
 
 def check_tiers(tiers: Sequence[Local], modules: Collection[str]) -> None:
