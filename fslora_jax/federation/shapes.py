@@ -12,6 +12,9 @@ from fslora_jax.federation.feed import Ids, Population, Steps, counted_steps, le
 PLANNED = 2**20
 """Examples of the first rounds that are laid out beforehand to find the shape of a batch."""
 
+COMPARED = 2**17
+"""Examples of the first rounds that are packed into rows of every length, to find the best; it takes a second."""
+
 
 def planned_rounds(steps: Steps, num_rounds: int, clients: int) -> int:
     """How many rounds are laid out beforehand: all, unless they have very many examples."""
@@ -36,7 +39,9 @@ def best_row_length(
     start = -(-longest // 8) * 8
     if not steps.packing:
         return start
-    seated = [seat(population, steps, layout, cohort(t), t) for t in range(min(rounds, 8))]
+    of_a_round = layout.lanes * len(layout.caps) * steps.local_steps * steps.batch_size
+    compared = range(min(rounds, max(8, COMPARED // of_a_round)))
+    seated = [seat(population, steps, layout, cohort(t), t) for t in compared]
     lengths = [lengths_of(population, examples) for _, examples in seated]
 
     def cost(row_length: int) -> float:
