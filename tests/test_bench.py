@@ -9,6 +9,7 @@ import pytest
 import runs
 
 from fslora_jax.adapters.write import named_tensors
+from fslora_jax.bench import command
 from fslora_jax.bench.compare import compare
 from fslora_jax.bench.engines import ENGINES, engine_round
 from fslora_jax.bench.work import fill_of, work_of
@@ -103,7 +104,9 @@ def test_the_fill_is_of_all_rows_without_passes_and_of_those_needed_with_them(wo
 def test_a_comparison_takes_turns_in_processes_of_their_own(world):
     config, _ = prepare(world)
     told = []
-    record = compare(config, ["tiered", "loop"], repeats=2, device="cpu", tell=told.append)
+    early, record = compare(config, ["tiered", "loop"], repeats=2, device="cpu", tell=told.append)
+    for engine, row in early["engines"].items():
+        assert row["seconds"] == record["engines"][engine]["seconds"][:1]
     assert json.loads(json.dumps(record)) == record
     assert set(record["engines"]) == {"tiered", "loop"}
     assert 0.25 < record["fill"] <= 1
@@ -112,6 +115,21 @@ def test_a_comparison_takes_turns_in_processes_of_their_own(world):
         assert row["peak_bytes"] > 1e7
     assert record["engines"]["tiered"]["time_over_tiered"] == 1.0
     assert [text.split(": ")[1] for text in told[2:]] == ["tiered", "loop"] * 2
+
+
+def test_what_was_measured_stays_when_the_rest_fails(world, tmp_path, monkeypatch):
+    """A folder that is not there is made."""
+
+    def fails(*_, **options):
+        yield {"engines": {}}
+        raise UserError("engine 'torch' died")
+
+    monkeypatch.setattr(command, "compare", fails)
+    with pytest.raises(UserError, match="died"):
+        command.bench_command([str(world.config), "--json", str(tmp_path / "made" / "found.json")])
+    record = json.loads((tmp_path / "made" / "found.json").read_text())
+    assert record["engines"] == {}
+    assert record["config"]["seed"] == 0
 
 
 def test_clients_that_remember(world):

@@ -12,6 +12,7 @@ from fslora_jax.arguments import option, parse_config, suggest
 from fslora_jax.bench.compare import compare
 from fslora_jax.bench.engines import ENGINES
 from fslora_jax.errors import UserError
+from fslora_jax.rundir import write_atomically
 
 DEFAULT = ("tiered", "loop", "torch", "torch-padded")
 
@@ -32,7 +33,9 @@ def bench_command(argv: Sequence[str]) -> None:
         argv,
         engines=option(tuple[str, ...], DEFAULT, "Engines; ratios are to the first."),
         repeats=option(int, 3, "Timed repetitions of each engine, in turn."),
-        json=option(Path | None, None, "Also write the whole record to this file."),
+        json=option(
+            Path | None, None, "Also write the whole record to this file, after each repetition anew."
+        ),
         device=option(Literal["cpu", "gpu", "tpu"] | None, None, "Kind of device; by default JAX's choice."),
     )
     for engine in args["engines"]:
@@ -40,18 +43,21 @@ def bench_command(argv: Sequence[str]) -> None:
             raise UserError(f"--engines: unknown engine {engine!r}{suggest(engine, list(ENGINES))}")
     if args["repeats"] < 1:
         raise UserError(f"--repeats: found {args['repeats']}, expected at least 1")
+    if args["json"] is not None:
+        args["json"].parent.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
-    record = compare(
+    records = compare(
         config,
         list(dict.fromkeys(args["engines"])),
         repeats=args["repeats"],
         device=args["device"],
         tell=lambda text: console.print(f"[dim]{text} ...[/dim]"),
     )
-    record["config"] = config.model_dump(mode="json")
-    if args["json"] is not None:
-        args["json"].parent.mkdir(parents=True, exist_ok=True)
-        args["json"].write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    record = {}
+    for record in records:
+        if args["json"] is not None:  # what was measured stays, whatever ends the rest
+            whole = record | {"config": config.model_dump(mode="json")}
+            write_atomically(args["json"], json.dumps(whole, indent=2) + "\n")
     print_table(record)
 
 

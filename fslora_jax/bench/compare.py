@@ -102,10 +102,10 @@ def started(engines: Sequence[str], config: Config, device: str | None) -> Itera
 
 def compare(
     config: Config, engines: Sequence[str], *, repeats: int, device: str | None, tell: Callable[[str], None]
-) -> dict[str, Any]:
-    """Compiles every engine, then times them in turn ``repeats`` times.
+) -> Iterator[dict[str, Any]]:
+    """Compiles every engine, then times them in turn ``repeats`` times, and tells after each what was found so far.
 
-    Returns a JSON-able record: for each engine seconds of every repetition, seconds of compilation, tokens and clients
+    Yields JSON-able records: for each engine seconds of every repetition, seconds of compilation, tokens and clients
     per second, peak bytes, the part of the machine's best matrix-product rate; and the median of the paired
     ratios of each engine's time to the first one's. ``fill``: real tokens in those that this package computes with.
     """
@@ -121,25 +121,35 @@ def compare(
             for engine, worker in workers.items():
                 tell(f"repetition {n + 1} of {repeats}: {engine}")
                 seconds[engine].append(worker.ask("run")["seconds"])
-        peaks = {engine: worker.ask("peak")["peak_bytes"] for engine, worker in workers.items()}
-    work, rate = facts[engines[0]]["work"], max(rates)
+            peaks = {engine: worker.ask("peak")["peak_bytes"] for engine, worker in workers.items()}
+            yield record_of(facts[engines[0]], first, seconds, peaks, max(rates))
+
+
+def record_of(
+    facts: Mapping[str, Any],
+    first: Mapping[str, float],
+    seconds: Mapping[str, list[float]],
+    peaks: Mapping[str, int],
+    rate: float,
+) -> dict[str, Any]:
+    """What `compare` yields, of each engine's first round, later rounds and peak bytes, the first engine before all."""
+    work, (base, *_) = facts["work"], seconds
     rows = {}
-    for engine in engines:
-        typical = float(np.median(seconds[engine]))
-        ratios = np.array(seconds[engine]) / np.array(seconds[engines[0]])
+    for engine, times in seconds.items():
+        typical = float(np.median(times))
         rows[engine] = {
-            "seconds": seconds[engine],
+            "seconds": list(times),
             "compile_seconds": max(first[engine] - typical, 0.0),
             "tokens_per_second": work["tokens"] / typical,
             "clients_per_second": work["clients"] / typical,
             "peak_bytes": peaks[engine],
             "of_best_matmul": work["flops"] / typical / rate,
-            f"time_over_{engines[0]}": float(np.median(ratios)),
+            f"time_over_{base}": float(np.median(np.array(times) / np.array(seconds[base]))),
         }
     return {
         "machine": machine(),
         "work": work,
-        "fill": facts[engines[0]]["fill"],
+        "fill": facts["fill"],
         "best_matmul_flops_per_second": rate,
         "engines": rows,
     }
