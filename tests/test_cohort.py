@@ -81,6 +81,21 @@ def test_slots_are_no_larger_than_needed(population, lanes):
     assert (own[place(own, own, alone)[0]] == alone.caps).all()
 
 
+@pytest.mark.parametrize(
+    ("ranks", "most", "tiers"),
+    [
+        ([8, 16, 32, 48], 3, ((48, 1), (32, 1), (16, 2))),
+        ([8, 16, 32, 48], 1, ((48, 4),)),
+        ([1, 2, 2, 2, 2, 4], 2, ((4, 1), (2, 5))),
+        ([1, 2, 7, 7, 8], 2, ((8, 3), (2, 2))),
+    ],
+)
+def test_tiers_become_one_where_that_adds_the_least_rank(ranks, most, tiers):
+    everybody = np.arange(len(ranks))
+    layout = plan_layout(np.array(ranks), [everybody], r=64, lanes=1, tiered=True, max_tiers=most)
+    assert layout.tiers == tiers
+
+
 def test_a_layout_for_one_cohort_need_not_hold_another():
     ranks = np.array([1, 1, 8])
     layout = plan_layout(ranks, [np.array([0, 1])], r=8, lanes=1, tiered=True)

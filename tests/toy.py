@@ -216,7 +216,7 @@ def play(
     """Plays one round for each cohort with the package's compiled round."""
     lanes = chunks * client_groups(mesh)
     if layout is None:
-        layout = plan_layout(population.ranks, cohorts, r=R, lanes=lanes, tiered=tiered)
+        layout = plan_layout(population.ranks, cohorts, r=R, lanes=lanes, tiered=tiered, max_tiers=R)
     in_passes = (steps.passes,) if steps.passes else ()
     one_round = compiled_round(method, optimizer, layout, dropout, mesh, *in_passes)
     first = start(method) if server is None else server
