@@ -124,7 +124,7 @@ class FederationConfig(Section):
     client_weights: Literal["uniform", "examples"] = "uniform"
     """Weights of the average: equal, or by the number of examples."""
     layout: Literal["tiered", "masked"] = "tiered"
-    """`tiered` trains rank-k adapters, clients grouped by k; `masked` trains all at rank r. Same result."""
+    """`tiered` trains adapters of a low and a high rank, clients grouped by k; `masked` all at rank r. Same result."""
     cohort_chunks: Count = 1
     """Parts in which each device works through its clients, one after another, to save memory."""
 

@@ -1,7 +1,5 @@
 """The pieces that models are made of, each against its own oracle."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,8 +28,8 @@ def test_each_module_draws_its_own_mask():
     own = [{query: (pair, scale), key: (pair, scale)}]
     x = jax.random.normal(jax.random.key(1), (1, 2, 3, 16))
     for keys, same in ((None, True), (jax.random.split(jax.random.key(2), 1), False)):
-        project = partial(layer.project, x=x, own=own, keys=keys, turned={}, length=3)
-        assert jnp.array_equal(project(query), project(key)) == same
+        project = layers.Project(layer, own, keys, {}, length=3)
+        assert jnp.array_equal(project(query, x), project(key, x)) == same
 
 
 class Recorder(layers.Layer):

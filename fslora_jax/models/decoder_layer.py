@@ -1,7 +1,6 @@
 """A layer of Llama-like decoders, and what sets one family's apart from another's."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -189,7 +188,6 @@ class DecoderLayer(Layer):
         c, norm = self.config, self.norm
         mine = jax.tree.map(lambda leaf: leaf[kind], sight)
         q, *own = self.queries_keys_values(norm["input_layernorm"](x), project, mine.rotation, places)
-        project = partial(project, places=places)  # the rest of the layer
         seen = remember(Memory(*own))
         mixed = attention(
             *(q, seen.keys, seen.values, mine.bias, c.head_dim),
@@ -198,7 +196,8 @@ class DecoderLayer(Layer):
             implementation=self.implementation,
             places=places,
         )
-        return self.feed_forward(taken(x, places), project("self_attn.o_proj", mixed), project), Memory(*own)
+        x, project = taken(x, places), project._replace(places=places)
+        return self.feed_forward(x, project("self_attn.o_proj", mixed), project), Memory(*own)
 
     def queries_keys_values(
         self,
@@ -210,7 +209,7 @@ class DecoderLayer(Layer):
         """What attention works on, at rotated positions; keys and values are all that later tokens need."""
 
         def turned(name: str, places: Int[Array, "C B T"] | None) -> Float[Array, "C B T o"]:
-            flat = project(f"self_attn.{name}_proj", taken(x, places), places)
+            flat = project._replace(places=places)(f"self_attn.{name}_proj", taken(x, places))
             split = flat.reshape(*flat.shape[:-1], -1, self.config.head_dim)
             if self.config.qk_norm:
                 split = self.norm[f"self_attn.{name}_norm"](split)

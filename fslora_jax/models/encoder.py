@@ -296,13 +296,10 @@ class EncoderLayer(Layer):
     ) -> Float[Array, "C B T D"]:
         """One layer for all clients."""
         names = self.names
-        asked = taken(x, places)
-        q = project(names.query, asked, places)
-        mixed = attention(
-            *(q, project(names.key, x), project(names.value, x), bias, self.head_dim),
-            implementation=self.implementation,
-            places=places,
-        )
-        x = self.norm[names.attention_norm](project(names.output, mixed, places) + asked)
-        wide = ACTIVATIONS[self.hidden_act](project(names.up, x, places))
-        return self.norm[names.mlp_norm](project(names.down, wide, places) + x)
+        k, v = project(names.key, x), project(names.value, x)
+        x, project = taken(x, places), project._replace(places=places)
+        q = project(names.query, x)
+        mixed = attention(q, k, v, bias, self.head_dim, implementation=self.implementation, places=places)
+        x = self.norm[names.attention_norm](project(names.output, mixed) + x)
+        wide = ACTIVATIONS[self.hidden_act](project(names.up, x))
+        return self.norm[names.mlp_norm](project(names.down, wide) + x)

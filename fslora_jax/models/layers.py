@@ -4,7 +4,8 @@ All clients of a cohort pass as one batch with a leading axis C, so a frozen mat
 what a client owns is added by ``lora.per_client``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,6 @@ from fslora_jax.types import Pair
 
 Own = Sequence[Mapping[str, tuple[Pair, Float[Array, "C k"]]]]
 """One layer's adapters: for each tier, module path -> (factors, scale), stacked over the tier's clients."""
-
-Project = Callable[..., Float[Array, "C B T o"]]
-"""``(path, x, places=None) -> y``: a linear module of a layer, with its adapters.
-
-``places`` say which tokens of their rows ``x`` has, where these are not all.
-"""
 
 ADAPTED = "adapted outputs"
 """What modules with an adapter give, by the name that checkpoint policies know."""
@@ -44,38 +39,40 @@ class Layer(nnx.Module):
         self.paths = tuple(linear)
         self.lora_dropout = lora_dropout
 
-    def project(
-        self,
-        path: str,
-        x: Float[Array, "C B T i"],
-        places: Int[Array, "C B T"] | None = None,
-        *,
-        own: Own,
-        keys: Key[Array, " C"] | None,
-        turned: Mapping[str, Float[Array, "o i"]],
-        length: int,
-    ) -> Float[Array, "C B T o"]:
-        """The frozen module for all clients at once, plus each client's own low-rank part if it has one.
 
-        ``keys`` are the clients' for this layer's dropout, None in evaluation; ``turned`` as in ``kernels.laid_out``.
-        A token's dropout is the same whichever of a row's ``length`` tokens ``x`` has.
-        """
-        linear = self.linear[path]
+class Project(NamedTuple):
+    """A layer's linear modules, each with the clients' adapters where it has them.
+
+    ``keys`` are the clients' for this layer's dropout, None in evaluation; ``turned`` as in ``kernels.laid_out``. Rows
+    have ``length`` tokens, of which inputs have all, or those at ``places``: a token's dropout is the same in both.
+    """
+
+    layer: Layer
+    own: Own
+    keys: Key[Array, " C"] | None
+    turned: Mapping[str, Float[Array, "o i"]]
+    length: int
+    places: Int[Array, "C B T"] | None = None
+
+    def __call__(self, path: str, x: Float[Array, "C B T i"]) -> Float[Array, "C B T o"]:
+        """The frozen module for all clients at once, plus each client's own low-rank part if it has one."""
+        linear = self.layer.linear[path]
         kernel = linear.kernel[...]
-        if path in turned or kernel.dtype != x.dtype:
-            y = frozen_product(x, kernel, turned.get(path, kernel.T))
+        if path in self.turned or kernel.dtype != x.dtype:
+            y = frozen_product(x, kernel, self.turned.get(path, kernel.T))
             y = y if linear.bias is None else y + linear.bias[...]
         else:
             y = linear(x)
         y = outputs_split(path, y)
-        if path not in own[0]:
+        if path not in self.own[0]:
             return y
-        if keys is not None and self.lora_dropout:
-            own_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, self.paths.index(path))
-            whole = x.shape[1], length, x.shape[3]
-            kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.lora_dropout, whole))(own_keys)
-            x = drop(taken(kept, places), self.lora_dropout, x)
-        y += lora.per_client(lambda mine, x: lora.delta(mine[0], mine[1], x), [tier[path] for tier in own], x)
+        if self.keys is not None and (rate := self.layer.lora_dropout):
+            keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, self.layer.paths.index(path))
+            whole = x.shape[1], self.length, x.shape[3]
+            kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, whole))(keys)
+            x = drop(taken(kept, self.places), rate, x)
+        tiers = [tier[path] for tier in self.own]
+        y += lora.per_client(lambda mine, x: lora.delta(mine[0], mine[1], x), tiers, x)
         return checkpoint_name(y, ADAPTED)
 
 

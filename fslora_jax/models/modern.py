@@ -182,9 +182,10 @@ class ModernLayer(Layer):
             implementation=self.implementation,
             places=places,
         )
-        x = taken(x, places) + project("attn.Wo", mixed, places)
-        wide, gate = jnp.split(project("mlp.Wi", self.norm["mlp_norm"](x), places), 2, axis=-1)
-        return x + project("mlp.Wo", ACTIVATIONS[c.hidden_activation](wide) * gate, places)
+        x, project = taken(x, places), project._replace(places=places)
+        x += project("attn.Wo", mixed)
+        wide, gate = jnp.split(project("mlp.Wi", self.norm["mlp_norm"](x)), 2, axis=-1)
+        return x + project("mlp.Wo", ACTIVATIONS[c.hidden_activation](wide) * gate)
 
 
 def _classify(

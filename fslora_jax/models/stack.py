@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from fslora_jax.errors import UserError
 from fslora_jax.models.attention import SOFTMAX
 from fslora_jax.models.kernels import TURNED
-from fslora_jax.models.layers import ADAPTED, taken
+from fslora_jax.models.layers import ADAPTED, Project, taken
 from fslora_jax.models.quantise import restore
 from fslora_jax.sharding import gathered, rows_split
 from fslora_jax.types import Local
@@ -126,7 +126,7 @@ def scan_layers(
         return call(
             layer,
             rows_split(x),
-            partial(layer.project, own=own, keys=keys, turned=turned, length=x.shape[2]),
+            Project(layer, own, keys, turned, length=x.shape[2]),
             shared,
             *each,
         )
