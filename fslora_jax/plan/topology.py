@@ -76,7 +76,7 @@ def devices_of(topology: str) -> Sequence[Any]:
         )
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
             f"--topology: {topology!r} is no slice: {reason}; expected such as {EXAMPLES}"
