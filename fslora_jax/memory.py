@@ -107,8 +107,8 @@ def _activations(model: Model, base: dict[str, Any], spec: Spec, plan: Plan) -> 
     kept = {
         "full": width,
         "frozen": width + outputs,
-        "none": 2 * width + outputs,
+        "none": 5 * width + outputs + scores,
     }[plan.remat]
-    working = 2 * (4 * width + 2 * outputs) + 3 * scores
+    working = 4 * width + 2 * outputs + 3 * scores
     of_layers = tokens * plan.act_bytes * (layers_of(spec) * kept + working)
     return round(of_layers + (LOGIT_BYTES if model.naming.task_type == "CAUSAL_LM" else 0))

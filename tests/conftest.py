@@ -121,8 +121,8 @@ def programs_kept(evaluations_kept):
     compile_round = calls.compile_round
 
     def compile_once(config, federation, *arguments):
-        shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), (federation.task.base, *arguments[:3]))
-        of_shapes = str(jax.tree.structure(shapes)), *jax.tree.leaves(shapes), *arguments[3:]
+        shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), arguments[:4])
+        of_shapes = str(jax.tree.structure(shapes)), *jax.tree.leaves(shapes), *arguments[4:]
         key = settings_of(config, but=FREE), federation.layout, federation.mesh, of_shapes
         if key not in kept():
             kept()[key] = compile_round(config, federation, *arguments)

@@ -80,7 +80,6 @@ def compiled(
         Layout(caps, 1),
         local_steps=H,
         dropout=dropout,
-        ready=ready,
     )
 
     def arguments():
@@ -100,7 +99,7 @@ def compiled(
         )
 
     shapes = jax.eval_shape(arguments)
-    return jax.jit(one_round).lower(*shapes).compile().as_text()
+    return jax.jit(one_round).lower(jax.eval_shape(ready, shapes[0]), *shapes[1:]).compile().as_text()
 
 
 def check(text: str) -> None:

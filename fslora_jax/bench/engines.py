@@ -29,7 +29,7 @@ from fslora_jax.backend import compiler_options
 from fslora_jax.bench.torch_loop import torch_engine
 from fslora_jax.config import Config
 from fslora_jax.errors import UserError
-from fslora_jax.federation.calls import cohort_of, compile_round
+from fslora_jax.federation.calls import cohort_of, compile_round, training_base
 from fslora_jax.federation.cohort import plan_layout
 from fslora_jax.federation.feed import make_cohort
 from fslora_jax.federation.local import train
@@ -45,7 +45,7 @@ from fslora_jax.federation.setup import (
     set_up,
 )
 from fslora_jax.methods import Client, Combined, Method, Server
-from fslora_jax.models.kernels import laid_out, narrowed
+from fslora_jax.models.kernels import narrowed
 from fslora_jax.sharding import CLIENTS
 from fslora_jax.types import Local
 
@@ -71,7 +71,7 @@ def compiled(config: Config, federation: Federation, *, tiered: bool, chunks: in
     chunks = config.federation.cohort_chunks if chunks is None else chunks
     config, federation = with_layout(config, federation, tiered=tiered, chunks=chunks)
     server, constants = initial_server(config, federation), run_constants(config, federation.mesh)
-    folder, programs = Path(mkdtemp()), []
+    base, folder, programs = training_base(config, federation), Path(mkdtemp()), []
     atexit.register(rmtree, folder, ignore_errors=True)
     memories = open_memories(config, federation, server, folder)
 
@@ -83,8 +83,8 @@ def compiled(config: Config, federation: Federation, *, tiered: bool, chunks: in
     def one_round() -> Server:
         cohort = ready.pop()
         if not programs:
-            programs.append(compile_round(config, federation, server, constants, cohort)[0])
-        new = programs[0](federation.task.base, server, constants, cohort)[0]
+            programs.append(compile_round(config, federation, base, server, constants, cohort)[0])
+        new = programs[0](base, server, constants, cohort)[0]
         ready.append(batches())  # as in a run: the next round's, while the devices work
         return jax.block_until_ready(new)
 
@@ -94,7 +94,7 @@ def compiled(config: Config, federation: Federation, *, tiered: bool, chunks: in
 def python_loop(config: Config, federation: Federation) -> Round:
     """A Python loop over clients: download, compiled local steps, upload; then one update."""
     method, population = federation.method, federation.task.population
-    base = laid_out(narrowed(federation.task.base, config.model.products), remat=config.model.remat)
+    base = training_base(config, federation)
     server, (keys, rates) = initial_server(config, federation), run_constants(config, federation.mesh)
     sketch_key = jax.random.fold_in(keys.sketch, 0)
     local_steps = partial(

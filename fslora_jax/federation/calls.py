@@ -2,9 +2,12 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from fslora_jax.backend import compiler_options
 from fslora_jax.config import Config
@@ -70,28 +73,43 @@ class Programs:
     """The compiled calls, one for each number of rounds and shape of batches, and the seconds that they took.
 
     There is one shape, unless a round's batches need more rows than were planned. ``runs``: of so many in one program.
+    ``base`` is what they take as the base.
     """
 
     def __init__(self, config: Config, federation: Federation, runs: int = 1):
         self._config, self._federation, self._runs = config, federation, runs
         self._by_shape: dict[tuple[int, ...], Any] = {}
-        self.seconds = 0.0
+        self.base, self.seconds = training_base(config, federation), 0.0
 
     def of(self, server: Server, constants: Constants, cohort: Cohort) -> Any:
         """The program for a cohort's shape."""
         shape = (*cohort.batches.tokens.shape, *cohort.batches.places.shape)
         if shape not in self._by_shape:
             program, seconds = compile_round(
-                self._config, self._federation, server, constants, cohort, self._runs
+                self._config, self._federation, self.base, server, constants, cohort, self._runs
             )
             self._by_shape[shape] = program
             self.seconds += seconds
         return self._by_shape[shape]
 
 
+def training_base(config: Config, federation: Federation) -> PyTree:
+    """The base as the products of a run's rounds want it; a method that moves it makes it so anew in each round."""
+    base = federation.task.base
+    if federation.method.traits.moves_base:
+        return base
+    return jax.jit(partial(arranged, config, federation.mesh))(base)
+
+
+def arranged(config: Config, mesh: Mesh | None, base: PyTree) -> PyTree:
+    """A base with kernels as precise, and as they lie in memory, as products want them."""
+    return laid_out(narrowed(base, config.model.products), mesh, config.model.remat)
+
+
 def compile_round(
     config: Config,
     federation: Federation,
+    base: PyTree,
     server: Server,
     constants: Constants,
     cohort: Cohort,
@@ -99,7 +117,7 @@ def compile_round(
 ):
     """The executable of all rounds of this shape, or of all calls of so many, and the seconds that it took.
 
-    Of several ``runs`` all but the base has a leading axis.
+    ``base`` is a `training_base`. Of several ``runs`` all but the base has a leading axis.
     """
     started = time.perf_counter()
     one_round = make_round(
@@ -111,15 +129,12 @@ def compile_round(
         dropout=config.lora.lora_dropout > 0,
         passes=federation.steps.passes,
         mesh=federation.mesh,
-        shift=shifted,
-        ready=lambda base: laid_out(
-            narrowed(base, config.model.products), federation.mesh, config.model.remat
-        ),
+        shift=lambda base, delta: arranged(config, federation.mesh, shifted(base, delta)),
     )
     if cohort.clients.id.ndim - (runs > 1) > 3:  # (rounds, groups, chunks, slots)
         one_round = several(one_round)
     if runs > 1:
         one_round = together(one_round)
     program = jax.jit(one_round, compiler_options=compiler_options(config.model.products))
-    compiled = program.lower(federation.task.base, server, constants, cohort).compile()
+    compiled = program.lower(base, server, constants, cohort).compile()
     return compiled, time.perf_counter() - started

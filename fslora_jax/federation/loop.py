@@ -129,7 +129,7 @@ def train(runs: Sequence[Running], display: Display, at: At) -> float:
     A run whose training leaves the finite numbers is told of no more, and the others go on.
     """
     config, federation, done, count = runs[0].config, runs[0].federation, runs[0].done, len(runs)
-    num_rounds, base = config.federation.num_rounds, federation.task.base
+    num_rounds = config.federation.num_rounds
     if done == num_rounds:  # killed between the last checkpoint and the summary
         return 0.0
     with ExitStack() as stack:
@@ -159,7 +159,7 @@ def train(runs: Sequence[Running], display: Display, at: At) -> float:
             step = programs.of(server, constants, cohort)
             at(rounds.start + 1, "training")
             with jax.transfer_guard("disallow"):
-                server, played = step(base, server, constants, cohort)
+                server, played = step(programs.base, server, constants, cohort)
             parts = zip(runs, cohorts, parted(server, count), parted(played, count), strict=True)
             for one, given, after, left in parts:
                 if one.failure is None:

@@ -84,14 +84,13 @@ def make_round(
     passes: Passes | None = None,
     mesh: Mesh | None = None,
     shift: Shift | None = None,
-    ready: Callable[[PyTree], PyTree] = lambda base: base,
 ) -> Callable[[PyTree, Server, Constants, Cohort], tuple[Server, Played]]:
     """The round ``(base, server, constants, cohort) -> (server, what was played)``; ``jax.jit`` makes it one program.
 
     Ranks, clients, seeds, learning rates and data are arguments: one executable serves every round of a run, and runs
-    that differ in these alone. ``ready`` makes of the base what training wants of it, once a round. On a mesh every
-    group of devices along ``clients`` runs its own clients, and the groups meet in one sum; how the devices of one
-    group share the work is the compiler's affair, led by the shardings of the base and of the model's activations.
+    that differ in these alone. ``shift`` moves the base of a method that does so. On a mesh every group of devices
+    along ``clients`` runs its own clients, and the groups meet in one sum; how the devices of one group share the work
+    is the compiler's affair, led by the shardings of the base and of the model's activations.
     """
     locally = local_training(
         score, method, optimizer, layout, local_steps=local_steps, dropout=dropout, passes=passes
@@ -122,7 +121,7 @@ def make_round(
         # A group's own copy: gradients at replicated weights would be summed over the groups.
         own = server if mesh is None else jax.lax.pcast(server, CLIENTS, to="varying")
         own = own._replace(announced=announced(method, chunks.clients, mesh))
-        shifted = ready(shift(base, own.base_delta) if shift and method.traits.moves_base else base)
+        shifted = shift(base, own.base_delta) if shift and method.traits.moves_base else base
         shapes = jax.eval_shape(traced_once, shifted, own, constants, one)[0]
         nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         if mesh is not None:

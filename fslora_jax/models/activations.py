@@ -14,12 +14,12 @@ Fitted here to scipy's ``erfcx`` for the smallest relative error, 5e-8 up to ``z
 """
 
 
-@jax.custom_jvp
+@jax.custom_vjp
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The exact GELU; halves are computed in float32.
 
     As exact in float32 as by erfc, in two thirds of its time on a CPU: value and slope share one exponential, and no
-    branch is computed in vain. The backward pass keeps one array, where `jax.nn.gelu` keeps several.
+    branch is computed in vain. The backward pass keeps ``x`` alone, where `jax.nn.gelu` keeps several arrays.
 
     >>> [round(float(y), 4) for y in gelu(jnp.array([-1.0, 0.0, 1.0]))]
     [-0.1587, 0.0, 0.8413]
@@ -29,12 +29,19 @@ def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return (wide * below).astype(x.dtype)
 
 
-@gelu.defjvp
-def _gelu_slope(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (x,), (step,) = primals, tangents
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
+    return gelu(x), x
+
+
+def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
+    # One pass over memory anew costs less than the exponential and the quotient, which XLA would keep for both.
+    x = jax.lax.optimization_barrier(x)
     wide = x.astype(jnp.float32)
     below, density = _normal(wide)
-    return (wide * below).astype(x.dtype), (below + wide * density).astype(x.dtype) * step
+    return ((below + wide * density).astype(x.dtype) * gradient,)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 def _normal(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:

@@ -118,66 +118,62 @@ def _xla(
 ) -> Float[Array, "C B Q D"]:
     """Scores and softmax in float32.
 
-    Heads go before positions first: products of contiguous matrices are twice as fast on a CPU.
+    Heads go before positions first: products of contiguous matrices are twice as fast on a CPU. So are those with
+    one axis of rows, for which XLA transposes no factor: queries' heads that share keys are rows of one matrix.
     """
     k, v = (jnp.swapaxes(m.reshape(*m.shape[:-1], -1, head_dim), -3, -2) for m in (k, v))
-    shared = q.reshape(*q.shape[:-1], k.shape[-3], -1, head_dim)  # (C, B, Q, heads of k, queries each, d)
-    bias = bias.reshape(
-        *bias.shape[:2], *((1, 1) if bias.shape[2] == 1 else shared.shape[3:5]), *bias.shape[3:]
-    )
-    mixed: Any = _mixed(scale, cap, jnp.moveaxis(shared, 2, -2), k, v, bias)
-    return jnp.moveaxis(mixed, -2, 2).reshape(q.shape)
-
-
-Scores = Float[Array, "C B g s Q L"]
-"""For each of g heads of k, s queries' heads."""
+    *rows, length, _ = q.shape
+    heads = k.shape[-3]
+    shared = jnp.moveaxis(
+        q.reshape(*rows, length, heads, -1, head_dim), 2, -2
+    )  # (C, B, g, queries' heads, Q, d)
+    if bias.shape[2] == 1:
+        bias = jnp.broadcast_to(bias[:, :, None], (*rows, 1, shared.shape[3], *bias.shape[3:]))
+    bias = bias.reshape(*rows, -1, shared.shape[3] * length, bias.shape[-1])
+    mixed: Any = _mixed(scale, cap, shared.reshape(*rows, heads, -1, head_dim), k, v, bias)
+    return jnp.moveaxis(mixed.reshape(shared.shape), -2, 2).reshape(q.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _mixed(
     scale: float,
     cap: float | None,
-    q: Float[Array, "C B g s Q d"],
+    q: Float[Array, "C B g n d"],
     k: Float[Array, "C B g L d"],
     v: Float[Array, "C B g L d"],
-    bias: Float[Array, "C B #g #s Q L"],
-) -> Float[Array, "C B g s Q d"]:
-    """The values that queries see; its gradient keeps two numbers of each query's softmax, and the bias has none."""
+    bias: Float[Array, "C B #g n L"],
+) -> Float[Array, "C B g n d"]:
+    """The values that queries see. Its gradient keeps the exponentials of a softmax; the bias has none."""
     return _mixed_forward(scale, cap, q, k, v, bias)[0]
 
 
-def _scores(scale: float, cap: float | None, q: Array, k: Array) -> Scores:
-    scores = scale * jnp.einsum("cbgsqd,cbgkd->cbgsqk", q, k, preferred_element_type=jnp.float32)
-    return scores if cap is None else cap * jnp.tanh(scores / cap)
-
-
 def _mixed_forward(scale: float, cap: float | None, q: Array, k: Array, v: Array, bias: Array):
-    scores = _scores(scale, cap, q, k) + bias
-    # As jnp.max, but four times as fast on a CPU, since it does not look for NaN; the exponentials have them anyway.
-    largest = jax.lax.reduce(scores, -jnp.inf, lambda x, y: jnp.where(x > y, x, y), (scores.ndim - 1,))[
-        ..., None
-    ]
-    shares = jnp.exp(scores - largest)
-    sums = shares.sum(-1, keepdims=True)
-    mixed = jnp.einsum("cbgsqk,cbgkd->cbgsqd", (shares / sums).astype(v.dtype), v)
-    return mixed, (q, k, v, bias, *(checkpoint_name(x, SOFTMAX) for x in (largest, 1 / sums)))
-
-
-def _mixed_backward(scale: float, cap: float | None, kept: tuple[Array, ...], gradient: Array):
-    q, k, v, bias, largest, factors = kept
-    q, k, v, gradient = jax.lax.optimization_barrier((q, k, v, gradient))
-    scores = _scores(scale, cap, q, k)
-    weights = factors * jnp.exp(scores + bias - largest)
-    # Small factors are transposed, and not the weights.
-    to_v = jnp.einsum("cbgsqd,cbgsqk->cbgdk", gradient, weights.astype(v.dtype))
-    to_weights = jnp.einsum("cbgsqd,cbgkd->cbgsqk", gradient, v, preferred_element_type=jnp.float32)
-    along = (weights * to_weights).sum(-1, keepdims=True)
-    to_scores = scale * weights * (to_weights - along)
+    scores = scale * jnp.einsum("cbgnd,cbgkd->cbgnk", q, k, preferred_element_type=jnp.float32)
+    slopes = None
     if cap is not None:
-        to_scores *= 1 - (scores / cap) ** 2
-    to_scores = to_scores.astype(q.dtype)
-    to_q = jnp.einsum("cbgsqk,cbgkd->cbgsqd", to_scores, k)
-    to_k = jnp.einsum("cbgsqd,cbgsqk->cbgdk", q, to_scores)
+        scores = cap * jnp.tanh(scores / cap)
+        slopes = 1 - (scores / cap) ** 2
+    scores += bias
+    # As jnp.max, but four times as fast on a CPU, since it does not look for NaN; the exponentials have them anyway.
+    largest = jax.lax.reduce(scores, -jnp.inf, lambda x, y: jnp.where(x > y, x, y), (scores.ndim - 1,))
+    shares = jnp.exp(scores - checkpoint_name(largest, SOFTMAX)[..., None])
+    factors = checkpoint_name(1 / shares.sum(-1, keepdims=True), SOFTMAX)
+    # The softmax is shares * factors, and its factors wait for what is narrower than shares.
+    summed = jnp.einsum("cbgnk,cbgkd->cbgnd", shares.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    mixed = checkpoint_name((factors * summed).astype(v.dtype), SOFTMAX)
+    return mixed, (q, k, v, shares, factors, slopes, mixed)
+
+
+def _mixed_backward(scale: float, _: float | None, kept: tuple[Any, ...], gradient: Array):
+    q, k, v, shares, factors, slopes, mixed = kept
+    # Small factors are transposed, and not the shares.
+    to_v = jnp.einsum("cbgnd,cbgnk->cbgdk", (factors * gradient).astype(v.dtype), shares.astype(v.dtype))
+    to_weights = jnp.einsum("cbgnd,cbgkd->cbgnk", gradient, v, preferred_element_type=jnp.float32)
+    along = (gradient * mixed).astype(jnp.float32).sum(-1, keepdims=True)  # of the softmax with its gradient
+    to_scores = shares * (scale * factors) * (to_weights - along)
+    to_scores = (to_scores if slopes is None else to_scores * slopes).astype(q.dtype)
+    to_q = jnp.einsum("cbgnk,cbgkd->cbgnd", to_scores, k)
+    to_k = jnp.einsum("cbgnd,cbgnk->cbgdk", q, to_scores)
     return to_q, jnp.swapaxes(to_k, -1, -2), jnp.swapaxes(to_v, -1, -2), None
 
 

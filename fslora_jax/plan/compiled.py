@@ -129,18 +129,21 @@ def round_of(config: Config, model: Model, layout: Layout, mesh: Mesh | None) ->
     """The function that a run compiles."""
     f = config.federation
     spec, passes = model_spec(config.lora, model, f.share_sketch), passes_of(config, mesh)
-    return make_round(
+    method, narrow = make_method(config, spec), partial(narrowed, products=config.model.products)
+    one_round = make_round(
         model.score,
-        make_method(config, spec),
+        method,
         make_client_optimizer(config.client_optimizer, f.num_rounds, f.local_steps),
         layout,
         local_steps=f.local_steps,
         dropout=config.lora.lora_dropout > 0,
         passes=passes and passes._replace(skip=False),  # a bound needs them all
         mesh=mesh,
-        shift=shifted,
-        ready=partial(narrowed, products=config.model.products),
+        shift=lambda base, delta: narrow(shifted(base, delta)),
     )
+    if method.traits.moves_base:
+        return one_round
+    return lambda base, *others: one_round(narrow(base), *others)
 
 
 def abstract_arguments(

@@ -13,7 +13,7 @@ from fslora_jax.bench.worker import peak_bytes, say
 from fslora_jax.config import make_config
 from fslora_jax.data.batches import BatchShape
 from fslora_jax.errors import UserError
-from fslora_jax.federation.calls import cohort_of, compile_round
+from fslora_jax.federation.calls import cohort_of, compile_round, training_base
 from fslora_jax.federation.setup import initial_server, run_constants
 from fslora_jax.models import Model
 from fslora_jax.plan import compiled as plan
@@ -58,7 +58,8 @@ def prepared(point: Point, model: Model) -> tuple[dict[str, Any], Any]:
     """What the compiler says of the round, and a function that does it: seconds in all, and of these to feed it."""
     config, federation = point.config, made_federation(point.config, model)
     server, constants = initial_server(config, federation), run_constants(config, federation.mesh)
-    program, seconds = compile_round(config, federation, server, constants, cohort_of(config, federation, 0))
+    base, cohort = training_base(config, federation), cohort_of(config, federation, 0)
+    program, seconds = compile_round(config, federation, base, server, constants, cohort)
     mesh, memory = federation.mesh, cast(Any, program.memory_analysis())
     sizes = {axis: 1 if mesh is None else int(mesh.shape[axis]) for axis in AXES}
     facts = {
@@ -73,7 +74,7 @@ def prepared(point: Point, model: Model) -> tuple[dict[str, Any], Any]:
         started = time.perf_counter()
         cohort = jax.block_until_ready(cohort_of(config, federation, 0))
         fed = time.perf_counter()
-        jax.block_until_ready(program(federation.task.base, server, constants, cohort))
+        jax.block_until_ready(program(base, server, constants, cohort))
         return {"seconds": time.perf_counter() - started, "feed_seconds": fed - started}
 
     return facts, one_round
