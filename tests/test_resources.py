@@ -57,7 +57,7 @@ def test_draws_are_a_function_of_the_seed(ranks):
 
 # A phone that is short of memory, a laptop that is short of time, and a desktop that has enough of both.
 DEVICES = {
-    "phone": {"memory_gb": 2.0e-4, "gflops": 0.02, "down_mbps": 2.0, "up_mbps": 0.5, "share": 2},
+    "phone": {"memory_gb": 1.48e-4, "gflops": 0.02, "down_mbps": 2.0, "up_mbps": 0.5, "share": 2},
     "laptop": {"memory_gb": 1.0, "gflops": 0.0045, "down_mbps": 8.0, "up_mbps": 4.0},
     "desktop": {"memory_gb": 1.0, "gflops": 10.0, "down_mbps": 100.0, "up_mbps": 50.0},
 }
@@ -194,7 +194,7 @@ def test_a_run_keeps_simulated_time_and_goes_on_with_it(world, unequal, tmp_path
         ),
         (
             {"federation__devices__phone__memory_gb": 1e-9},
-            "phone: k = 1 takes 0.000188 GB, more than its memory_gb of 1e-09",
+            "phone: k = 1 takes 0.000136 GB, more than its memory_gb of 1e-09",
         ),
     ],
 )
