@@ -37,6 +37,7 @@ CONFIG = {
     "initializer_range": 0.02,
     "hidden_act": "gelu",
 }
+HEAD = D // CONFIG["num_attention_heads"]
 KERNELS = {(D, D), (D, F), (F, D)}
 ROWS = C * B * L
 
@@ -140,6 +141,11 @@ def test_layers_with_arrays_of_their_own():
     assert cut_in_loops(text) == set()
     logarithms = [i.shapes[0][-2:] for i in hlo.instructions(text) if i.kind == "log"]
     assert logarithms.count((L, L)) == 1, "who sees whom is worked out more than once"
+    exponentials = [i.shapes[0][-2:] for i in hlo.instructions(text) if i.kind == "exponential"]
+    assert exponentials.count((L, L)) == N, "a softmax is computed more than once"
+    factors = {shape[-2:] for _, *operands in hlo.dots(text) for shape in operands}
+    assert (L, HEAD) in factors, "products of attention have another shape than this test knows"
+    assert (HEAD, L) not in factors, "queries, keys, values or their gradients are copied transposed"
 
 
 def test_the_last_layer_computes_only_what_is_asked():

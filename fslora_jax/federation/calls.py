@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -79,7 +78,9 @@ class Programs:
     def __init__(self, config: Config, federation: Federation, runs: int = 1):
         self._config, self._federation, self._runs = config, federation, runs
         self._by_shape: dict[tuple[int, ...], Any] = {}
-        self.base, self.seconds = training_base(config, federation), 0.0
+        started = time.perf_counter()
+        self.base = training_base(config, federation)
+        self.seconds = time.perf_counter() - started
 
     def of(self, server: Server, constants: Constants, cohort: Cohort) -> Any:
         """The program for a cohort's shape."""
@@ -98,11 +99,11 @@ def training_base(config: Config, federation: Federation) -> PyTree:
     base = federation.task.base
     if federation.method.traits.moves_base:
         return base
-    return jax.jit(partial(arranged, config, federation.mesh))(base)
+    return arranged(config, federation.mesh, base)
 
 
 def arranged(config: Config, mesh: Mesh | None, base: PyTree) -> PyTree:
-    """A base with kernels as precise, and as they lie in memory, as products want them."""
+    """A base with kernels as precise, and as they lie in memory, as products want them; the rest is not copied."""
     return laid_out(narrowed(base, config.model.products), mesh, config.model.remat)
 
 

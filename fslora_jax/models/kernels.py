@@ -62,10 +62,15 @@ def laid_out(base: dict[str, Any], mesh: Mesh | None = None, remat: str = "froze
     roomy = {path: m | {"kernel": with_room(m["kernel"])} for path, m in plain.items()}
     turned = {path: with_room(jnp.swapaxes(m["kernel"], -1, -2)) for path, m in plain.items()}
     layers = layers | {"linear": layers["linear"] | roomy, TURNED: turned}
-    count = jax.tree.leaves(layers)[0].shape[0]
-    if remat == "none" and count <= MOST_APART:
-        layers = tuple(jax.tree.map(lambda x, n=n: x[n], layers) for n in range(count))
+    if remat == "none" and jax.tree.leaves(layers)[0].shape[0] <= MOST_APART:
+        layers = _apart(layers)
     return base | {"layers": layers}
+
+
+@jax.jit
+def _apart(layers: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    count = jax.tree.leaves(layers)[0].shape[0]
+    return tuple(jax.tree.map(lambda x, n=n: x[n], layers) for n in range(count))
 
 
 def with_room(kernel: Float[Array, "*N i o"]) -> Float[Array, "*N i o+"]:
