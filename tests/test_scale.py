@@ -1,6 +1,7 @@
 """Curves of scaling: what their points are, that a point is a real round, and that a folder is gone on with."""
 
 import json
+from functools import partial
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import runs
 
 from fslora_jax.config import make_config
+from fslora_jax.models.kernels import laid_out
 from fslora_jax.plan.command import abstract_model
 from fslora_jax.scale import command
 from fslora_jax.scale import measure as measuring
@@ -91,7 +93,8 @@ def test_a_point_is_a_round_on_texts_of_one_length(config):
     found = one_round()
     assert 0 < found["feed_seconds"] < found["seconds"]
     tokens = CLIENTS * 2 * 12 * 4 * 4  # clients, texts, tokens; four arrays of 4 bytes
-    weights = 4 * sizes_of(jax.eval_shape(abstract_model(config, LABELS).init_base, jax.random.key(0)))
+    made = jax.eval_shape(abstract_model(config, LABELS).init_base, jax.random.key(0))
+    weights = 4 * sizes_of(jax.eval_shape(partial(laid_out, remat=config.model.remat), made))
     assert tokens + weights < facts["arguments"] < 1.2 * (tokens + weights)
     assert facts["exchanged"] == 0
 

@@ -160,8 +160,8 @@ def _mixed_forward(scale: float, cap: float | None, q: Array, k: Array, v: Array
     factors = checkpoint_name(1 / shares.sum(-1, keepdims=True), SOFTMAX)
     # The softmax is shares * factors, and its factors wait for what is narrower than shares.
     summed = jnp.einsum("cbgnk,cbgkd->cbgnd", shares.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    mixed = checkpoint_name((factors * summed).astype(v.dtype), SOFTMAX)
-    return mixed, (q, k, v, shares, factors, slopes, mixed)
+    mixed = checkpoint_name(factors * summed, SOFTMAX)  # in float32, for its gradient's small differences
+    return mixed.astype(v.dtype), (q, k, v, shares, factors, slopes, mixed)
 
 
 def _mixed_backward(scale: float, _: float | None, kept: tuple[Any, ...], gradient: Array):
@@ -169,7 +169,7 @@ def _mixed_backward(scale: float, _: float | None, kept: tuple[Any, ...], gradie
     # Small factors are transposed, and not the shares.
     to_v = jnp.einsum("cbgnd,cbgnk->cbgdk", (factors * gradient).astype(v.dtype), shares.astype(v.dtype))
     to_weights = jnp.einsum("cbgnd,cbgkd->cbgnk", gradient, v, preferred_element_type=jnp.float32)
-    along = (gradient * mixed).astype(jnp.float32).sum(-1, keepdims=True)  # of the softmax with its gradient
+    along = (gradient * mixed).sum(-1, keepdims=True)  # of the softmax with its gradient
     to_scores = shares * (scale * factors) * (to_weights - along)
     to_scores = (to_scores if slopes is None else to_scores * slopes).astype(q.dtype)
     to_q = jnp.einsum("cbgnk,cbgkd->cbgnd", to_scores, k)
