@@ -24,13 +24,13 @@ def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     >>> [round(float(y), 4) for y in gelu(jnp.array([-1.0, 0.0, 1.0]))]
     [-0.1587, 0.0, 0.8413]
     """
-    wide = x.astype(jnp.float32)
-    below, _ = _normal(wide)
-    return (wide * below).astype(x.dtype)
+    return _gelu_forward(x)[0]
 
 
 def _gelu_forward(x: Array) -> tuple[Array, Array]:
-    return gelu(x), x
+    wide = x.astype(jnp.float32)
+    below, _ = _normal(wide)
+    return (wide * below).astype(x.dtype), x
 
 
 def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
