@@ -124,9 +124,8 @@ def _xla(
     k, v = (jnp.swapaxes(m.reshape(*m.shape[:-1], -1, head_dim), -3, -2) for m in (k, v))
     *rows, length, _ = q.shape
     heads = k.shape[-3]
-    shared = jnp.moveaxis(
-        q.reshape(*rows, length, heads, -1, head_dim), 2, -2
-    )  # (C, B, g, queries' heads, Q, d)
+    by_head = q.reshape(*rows, length, heads, -1, head_dim)
+    shared = jnp.moveaxis(by_head, 2, -2)  # (C, B, g, queries' heads, Q, d)
     if bias.shape[2] == 1:
         bias = jnp.broadcast_to(bias[:, :, None], (*rows, 1, shared.shape[3], *bias.shape[3:]))
     bias = bias.reshape(*rows, -1, shared.shape[3] * length, bias.shape[-1])
