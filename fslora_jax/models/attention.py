@@ -142,7 +142,7 @@ def _mixed(
     v: Float[Array, "C B g L d"],
     bias: Float[Array, "C B #g n L"],
 ) -> Float[Array, "C B g n d"]:
-    """The values that queries see. Its gradient keeps the softmax; the bias has none."""
+    """The values that queries see. Its gradient keeps the exponentials of a softmax; the bias has none."""
     return _mixed_forward(scale, cap, q, k, v, bias)[0]
 
 
@@ -157,19 +157,19 @@ def _mixed_forward(scale: float, cap: float | None, q: Array, k: Array, v: Array
     largest = jax.lax.reduce(scores, -jnp.inf, lambda x, y: jnp.where(x > y, x, y), (scores.ndim - 1,))
     shares = jnp.exp(scores - checkpoint_name(largest, SOFTMAX)[..., None])
     factors = checkpoint_name(1 / shares.sum(-1, keepdims=True), SOFTMAX)
-    weights = shares * factors
-    mixed = jnp.einsum("cbgnk,cbgkd->cbgnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    mixed = checkpoint_name(mixed, SOFTMAX)  # in float32, for its gradient's small differences
-    return mixed.astype(v.dtype), (q, k, v, weights, slopes, mixed)
+    # The softmax is shares * factors, and its factors wait for what is narrower than shares.
+    summed = jnp.einsum("cbgnk,cbgkd->cbgnd", shares.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    mixed = checkpoint_name(factors * summed, SOFTMAX)  # in float32, for its gradient's small differences
+    return mixed.astype(v.dtype), (q, k, v, shares, factors, slopes, mixed)
 
 
 def _mixed_backward(scale: float, _: float | None, kept: tuple[Any, ...], gradient: Array):
-    q, k, v, weights, slopes, mixed = kept
-    # Small factors are transposed, and not the weights.
-    to_v = jnp.einsum("cbgnd,cbgnk->cbgdk", gradient, weights.astype(v.dtype))
+    q, k, v, shares, factors, slopes, mixed = kept
+    # Small factors are transposed, and not the shares.
+    to_v = jnp.einsum("cbgnd,cbgnk->cbgdk", (factors * gradient).astype(v.dtype), shares.astype(v.dtype))
     to_weights = jnp.einsum("cbgnd,cbgkd->cbgnk", gradient, v, preferred_element_type=jnp.float32)
     along = (gradient * mixed).sum(-1, keepdims=True)  # of the softmax with its gradient
-    to_scores = scale * weights * (to_weights - along)
+    to_scores = shares * (scale * factors) * (to_weights - along)
     to_scores = (to_scores if slopes is None else to_scores * slopes).astype(q.dtype)
     to_q = jnp.einsum("cbgnk,cbgkd->cbgnd", to_scores, k)
     to_k = jnp.einsum("cbgnd,cbgnk->cbgdk", q, to_scores)
