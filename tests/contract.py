@@ -165,7 +165,7 @@ def make_tier(model: Model, head: dict[str, Any], clients: int, k: int, scale: f
 
 def torch_outputs(hf: Any, tiny: Tiny) -> tuple[Any, list[np.ndarray]]:
     """The mean loss over what is asked, and the logits of each example, or of each of its tokens."""
-    logits, mask = hf(**torch_inputs(tiny)).logits, torch_inputs(tiny)["attention_mask"]
+    logits, mask = hf(**torch_inputs(tiny)).logits.double(), torch_inputs(tiny)["attention_mask"]
     if tiny.kind == "causal":
         own = [logits[e, :n] for e, n in enumerate(LENGTHS)]
         targets = torch.cat([torch.tensor(tokens[1:]) for tokens in TOKENS])

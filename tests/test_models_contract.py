@@ -57,12 +57,12 @@ def run(tiny, scale):
     return tier, outputs(tiny.model.apply, tiny.model.score, tiny.base, tier, batches(tiny.family))
 
 
-def with_peft(tiny, tier):
-    """The torch model under PEFT with the tier's factors, and a way to name them."""
+def with_peft(tiny, tier, alpha=ALPHA, client=0):
+    """The torch model under PEFT with a client's factors, and a way to name them."""
     prefix = tiny.model.naming.layer_prefix
     config = peft.LoraConfig(
         r=K,
-        lora_alpha=ALPHA,  # pyright: ignore[reportArgumentType]
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
         use_rslora=True,
         target_modules=[
             prefix.format(layer=layer) + path
@@ -81,8 +81,8 @@ def with_peft(tiny, tier):
     for path, pair in tier.weights.adapter.items():
         for layer in range(pair.a.shape[1]):
             a, b = factors(path, layer)
-            a.data = torch.tensor(np.asarray(pair.a[0, layer]))
-            b.data = torch.tensor(np.asarray(pair.b[0, layer].T))
+            a.data = torch.tensor(np.asarray(pair.a[client, layer]))
+            b.data = torch.tensor(np.asarray(pair.b[client, layer].T))
     return wrapped, values, factors
 
 
@@ -174,22 +174,31 @@ def test_embedding_and_every_layer_equal_transformers(tiny, monkeypatch):
                 assert_close(got, theirs[e, : LENGTHS[e]].numpy(), 2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 @pytest.mark.parametrize("tiny", ONE_EACH, indirect=True, ids="-".join)
-def test_bfloat16_is_near_float32(tiny):
+def test_bfloat16_is_as_near_to_float32_as_torch(tiny):
+    """In the mean of twelve adapters: one's miss may be twice that, wherever one rounds."""
     options = KINDS[tiny.kind][1] | {"num_labels": SIZES["num_labels"], "dtype": "bfloat16"}
     model, base = load_model(tiny.folder, **options)
     assert {leaf.dtype for leaf in jax.tree.leaves(base)} == {jnp.dtype("bfloat16")}
-    misses = []
-    for seed in range(8):  # one adapter's miss is up to twice the mean
+    ours, theirs = [], []
+    for seed in range(4):
         tier = make_adapters(tiny.model, tiny.head, CLIENTS, K, seed=seed)
         tier = tier._replace(scale=jax.tree.map(jnp.ones_like, tier.scale))
         full = outputs(tiny.model.apply, tiny.model.score, tiny.base, tier, batches(tiny.family))[2]
         grads, losses, half = outputs(model.apply, model.score, base, tier, batches(tiny.family))
         assert {leaf.dtype for leaf in jax.tree.leaves((grads, losses, half))} == {jnp.dtype("float32")}
         for client in range(CLIENTS):
-            a, b = (np.concatenate(examples_of(tiny, x, client)) for x in (half, full))
-            misses.append(np.linalg.norm(a - b) / np.linalg.norm(b))
-    assert 0 < np.mean(misses) < 2e-2
+            ours.append(miss(*(examples_of(tiny, x, client) for x in (half, full))))
+            wrapped, *_ = with_peft(tiny, tier, math.sqrt(K), client)
+            exact = torch_outputs(wrapped, tiny)[1]
+            theirs.append(miss(torch_outputs(wrapped.to(torch.bfloat16), tiny)[1], exact))
+    assert 0 < np.mean(ours) < min(2e-2, 1.1 * np.mean(theirs))
+
+
+def miss(got, expected):
+    got, expected = np.concatenate(got), np.concatenate(expected)
+    return np.linalg.norm(got - expected) / np.linalg.norm(expected)
 
 
 def test_shapes_and_modules(tiny):

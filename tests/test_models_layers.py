@@ -1,5 +1,7 @@
 """The pieces that models are made of, each against its own oracle."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,27 @@ def test_scores_are_float32_under_bfloat16():
     np.testing.assert_allclose(
         got.astype(jnp.float32), attention.attention(*exact, bias, head_dim=16), atol=2e-2
     )
+
+
+@pytest.mark.parametrize("peaked", [1, 3])
+def test_gradients_of_attention_under_bfloat16(peaked):
+    """Each result and factor is rounded once: some 2.5e-3. What a softmax weighs by, in halves, would be 5e-3."""
+    sizes = (peaked, peaked, 1, 1)
+    q, k, v, gradient = (
+        (size * jax.random.normal(jax.random.key(n), (2, 30, 20, 64))).astype(jnp.bfloat16)
+        for n, size in enumerate(sizes)
+    )
+
+    def gradients(*factors):
+        attend = partial(attention.attention, bias=jnp.zeros((2, 30, 1, 20, 20)), head_dim=16)
+        mixed, back = jax.vjp(attend, *factors[:3])
+        return mixed, *back(factors[3])
+
+    exact = gradients(*(m.astype(jnp.float32) for m in (q, k, v, gradient)))
+    for got, expected in zip(gradients(q, k, v, gradient), exact, strict=True):
+        assert got.dtype == jnp.bfloat16
+        miss = jnp.linalg.norm(got.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
+        assert 0 < miss < 3e-3
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)

@@ -93,20 +93,22 @@ def test_what_a_ring_of_four_moves(kind, bytes):
     assert moved(Collective(kind, ("clients",), 80, 1), {"clients": 4}) == bytes
 
 
+BERT = {
+    **runs.SIZES,
+    "model_type": "bert",
+    "type_vocab_size": 2,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+}
+
+
 def tiny(**changes):
     named = {"model": {"name": "m"}, "data": runs.SETTINGS["data"] | {"name": "d"}}
     return make_config(runs.SETTINGS | named | changes, "test")
 
 
 def model_of(config, **options):
-    fields = {
-        **runs.SIZES,
-        "model_type": "bert",
-        "type_vocab_size": 2,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-12,
-    }
-    return build_model(fields, num_labels=2, lora_dropout=config.lora.lora_dropout, **options)
+    return build_model(BERT, num_labels=2, lora_dropout=config.lora.lora_dropout, **options)
 
 
 def traced(config):
@@ -261,16 +263,25 @@ def test_without_the_tpu_compiler(monkeypatch):
         topology.devices_of("v5e:4x4")
 
 
-def plan_of(folder, name, *argv):
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "initializer_range": 0.02,
+}
+
+
+def plan_of(folder, name, *argv, fields=BERT):
     """`fslora plan` in a process of its own: it settles what JAX takes for its devices."""
     (folder / "model").mkdir()
-    fields = {
-        **runs.SIZES,
-        "model_type": "bert",
-        "type_vocab_size": 2,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-12,
-    }
     (folder / "model" / "config.json").write_text(json.dumps(fields))
     world = runs.World(folder, folder / "model", folder / "none.csv", folder / "cache", folder / "tiny.yaml")
     runs.write_config(world.config, world)
@@ -297,6 +308,22 @@ def test_a_plan_for_a_tpu_slice(tmp_path):
     """The TPU compiler once trained the cohort twice, for adapters and heads apart."""
     file = tmp_path / "plan.json"
     plan_of(tmp_path, "v5e:4x4", "--federation.num-clients", "16", "--json", file)
+    (found,) = json.loads(file.read_text())["plans"]
+    assert found["fits"]
+    assert [(c["kind"], c["axes"]) for c in found["collectives"]] == [("all-reduce", ["clients"])]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("remat", ["none", "frozen", "full"])
+def test_a_plan_of_a_decoder_for_a_tpu_slice(tmp_path, remat):
+    """libtpu 0.0.42.1 dies on other ways to write attention and its gradient, where `full` computes them anew."""
+    file = tmp_path / "plan.json"
+    settings = (
+        f"--model.dtype bfloat16 --model.remat {remat} --data.max-length 128 --num-labels 0 --json {file}"
+    )
+    targets = ["--lora.target-modules", "q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    plan_of(tmp_path, "v5e:2x2", "--federation.num-clients", "16", *settings.split(), *targets, fields=LLAMA)
     (found,) = json.loads(file.read_text())["plans"]
     assert found["fits"]
     assert [(c["kind"], c["axes"]) for c in found["collectives"]] == [("all-reduce", ["clients"])]
