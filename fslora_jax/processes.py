@@ -5,12 +5,14 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from functools import cache, partial
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 from fslora_jax.errors import UserError
 
@@ -125,13 +127,16 @@ def agreed(well: bool) -> bool:
     return well if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(well)).all())
 
 
-def fetch(tree: Any) -> Any:
+def gathered(tree: PyTree) -> PyTree:
+    """Arrays whole in every process; the devices are asked for them, and nobody waits."""
+    return jax.tree.map(lambda x: x if x.is_fully_addressable else _whole(x.sharding.mesh)(x), tree)
+
+
+@cache
+def _whole(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
+
+
+def fetch(tree: PyTree) -> PyTree:
     """Arrays as NumPy, whole in every process."""
-    return jax.tree.map(
-        lambda x: (
-            np.asarray(x)
-            if x.is_fully_addressable
-            else np.asarray(multihost_utils.process_allgather(x, tiled=True))
-        ),
-        tree,
-    )
+    return jax.tree.map(np.asarray, gathered(tree))

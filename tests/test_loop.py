@@ -1,6 +1,7 @@
 """Whole runs: what their metrics say, and settings that must not, or must, change them."""
 
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -13,9 +14,10 @@ from safetensors.numpy import load_file
 
 from fslora_jax.config import load_config, make_config
 from fslora_jax.data.batches import BatchShape
-from fslora_jax.federation import feed, shapes
-from fslora_jax.federation.calls import cohort_of, cohorts_of, dispatches
+from fslora_jax.federation import books, feed, shapes
+from fslora_jax.federation.calls import Programs, cohort_of, cohorts_of, dispatches
 from fslora_jax.federation.cohort import sample_cohort
+from fslora_jax.federation.meter import Meter
 from fslora_jax.federation.optimizer import make_client_optimizer
 from fslora_jax.federation.setup import set_up
 
@@ -83,6 +85,47 @@ def test_how_it_is_computed_does_not_change_the_result(world, finished, tmp_path
         assert runs.records(run)[0] == pytest.approx(runs.records(finished)[0], abs=1e-4)
     else:
         close(run, finished)
+
+
+def played(world, run_dir, monkeypatch, seconds, **changes):
+    """A run, in which order rounds were given to the devices and seen by the host, and the servers they were given."""
+    events, servers = [], []
+
+    def of(self, server, *rest):
+        step = program(self, server, *rest)
+
+        def given(base, server, *others):
+            events.append(("given", len(servers) + 1))
+            servers.append(server)
+            return step(base, server, *others)
+
+        return given
+
+    program, measure = Programs.of, Meter.measure
+    monkeypatch.setattr(Programs, "of", of)
+    monkeypatch.setattr(
+        Meter, "measure", lambda self, t, seen: events.append(("seen", t + 1)) or measure(self, t, seen)
+    )
+    monkeypatch.setattr(books, "AHEAD_SECONDS", seconds)
+    return runs.train(world, run_dir, evaluate_every=4, checkpoint_every=3, **changes), events, servers
+
+
+@pytest.mark.filterwarnings("error:Some donated buffers were not usable")
+def test_devices_have_the_next_round_before_the_host_sees_the_last(world, tmp_path, monkeypatch):
+    """But for a checkpoint, and for the end. Long rounds are seen one by one, and it is the same run."""
+    run, events, servers = played(world, tmp_path / "ahead", monkeypatch, seconds=math.inf)
+    order = "given 1, given 2, seen 1, given 3, seen 2, seen 3, given 4, seen 4"
+    assert ", ".join(f"{what} {t}" for what, t in events) == order
+    assert all(leaf.is_deleted() for server in servers for leaf in jax.tree.leaves(server)), "not replaced"
+    monkeypatch.undo()
+    other, events, _ = played(world, tmp_path / "one by one", monkeypatch, seconds=0.0)
+    assert events == [(what, t) for t in (1, 2, 3, 4) for what in ("given", "seen")]
+    assert runs.results(run) == runs.results(other)
+
+
+def test_what_clients_remember_is_seen_before_the_next_round(world, tmp_path, monkeypatch):
+    _, events, _ = played(world, tmp_path / "run", monkeypatch, math.inf, federation__method="hetlora")
+    assert events == [(what, t) for t in (1, 2, 3, 4) for what in ("given", "seen")]
 
 
 def test_a_run_of_a_cpu_as_two_devices_is_the_same(world, finished, tmp_path):

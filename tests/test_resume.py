@@ -207,6 +207,8 @@ def test_a_finished_run_is_not_run_again(world, finished, capsys):
 SHOWING = """
 import os, signal, time
 from fslora_jax.display import TerminalDisplay
+from fslora_jax.federation import books
+books.AHEAD_SECONDS = {ahead}
 show = TerminalDisplay.round
 def told(self, done, *rest):
     show(self, done, *rest)
@@ -216,14 +218,14 @@ TerminalDisplay.round = told
 """
 
 
-@pytest.mark.parametrize("round", [1, 3])
-def test_sigterm_saves_the_round_and_exits_to_be_restarted(world, finished, tmp_path, round):
-    """Neither round is due for a checkpoint."""
-    run = tmp_path / "run"
-    stopped = runs.finish(runs.start(world, *arguments(world, run), driver=SHOWING.format(round=round)))
+@pytest.mark.parametrize(("round", "ahead", "last"), [(1, "0", 1), (3, "0", 3), (1, "float('inf')", 2)])
+def test_sigterm_saves_the_round_and_exits_to_be_restarted(world, finished, tmp_path, round, ahead, last):
+    """Neither round is due for a checkpoint; of short rounds the next one is at work already, and ends as well."""
+    run, driver = tmp_path / "run", SHOWING.format(round=round, ahead=ahead)
+    stopped = runs.finish(runs.start(world, *arguments(world, run), driver=driver))
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
-    assert f"stopped after round {round} of 4, which is saved" in stopped.stderr
-    assert checkpoints(run)[-1] == str(round)
+    assert f"stopped after round {last} of 4, which is saved" in stopped.stderr
+    assert checkpoints(run)[-1] == str(last)
     assert "Traceback" not in stopped.stderr
     runs.call(world, *arguments(world, run))
     assert runs.results(run) == runs.results(finished)

@@ -78,14 +78,17 @@ def compiled(config: Config, federation: Federation, *, tiered: bool, chunks: in
     def batches() -> Cohort:
         return remembering(cohort_of(config, federation, 0), memories)
 
-    ready = [batches()]
+    def arguments() -> tuple[Server, Cohort]:
+        return jax.tree.map(jnp.copy, server), batches()
+
+    ready = [arguments()]
 
     def one_round() -> Server:
-        cohort = ready.pop()
+        before, cohort = ready.pop()
         if not programs:
-            programs.append(compile_round(config, federation, base, server, constants, cohort)[0])
-        new = programs[0](base, server, constants, cohort)[0]
-        ready.append(batches())  # as in a run: the next round's, while the devices work
+            programs.append(compile_round(config, federation, base, before, constants, cohort)[0])
+        new = programs[0](base, before, constants, cohort)[0]
+        ready.append(arguments())  # as in a run: the next round's, while the devices work
         return jax.block_until_ready(new)
 
     return one_round

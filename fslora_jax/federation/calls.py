@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -11,11 +11,13 @@ from jaxtyping import PyTree
 from fslora_jax.backend import compiler_options
 from fslora_jax.config import Config
 from fslora_jax.federation.feed import make_cohort, make_cohorts
-from fslora_jax.federation.round import Cohort, Constants, Played, make_round, several, together
+from fslora_jax.federation.round import SERVER, Cohort, Constants, make_round, several, together
 from fslora_jax.federation.setup import Federation
 from fslora_jax.methods import Server
 from fslora_jax.models import shifted
 from fslora_jax.models.kernels import laid_out, narrowed
+
+T = TypeVar("T")
 
 
 def dispatches(config: Config, done: int) -> list[range]:
@@ -58,14 +60,13 @@ def cohorts_of(config: Config, federation: Federation, rounds: range) -> Cohort:
     )
 
 
-def by_round(rounds: range, cohort: Cohort, played: Played) -> Iterator[tuple[int, tuple[Cohort, Played]]]:
-    """Each round of a call with its cohort and what it left, without memories."""
-    played = played._replace(memory={})
+def by_round(rounds: range, values: T) -> Iterator[tuple[int, T]]:
+    """Each round of a call with its part of the values."""
     if len(rounds) == 1:
-        yield rounds.start, (cohort, played)
+        yield rounds.start, values
         return
     for i, t in enumerate(rounds):
-        yield t, jax.tree.map(lambda x, i=i: x[i], (cohort, played))
+        yield t, jax.tree.map(lambda x, i=i: x[i], values)
 
 
 class Programs:
@@ -118,7 +119,8 @@ def compile_round(
 ):
     """The executable of all rounds of this shape, or of all calls of so many, and the seconds that it took.
 
-    ``base`` is a `training_base`. Of several ``runs`` all but the base has a leading axis.
+    ``base`` is a `training_base`. The executable takes the place of the server that it is given, which is no longer
+    there afterwards. Of several ``runs`` all but the base has a leading axis.
     """
     started = time.perf_counter()
     one_round = make_round(
@@ -136,6 +138,8 @@ def compile_round(
         one_round = several(one_round)
     if runs > 1:
         one_round = together(one_round)
-    program = jax.jit(one_round, compiler_options=compiler_options(config.model.products))
+    program = jax.jit(
+        one_round, donate_argnums=SERVER, compiler_options=compiler_options(config.model.products)
+    )
     compiled = program.lower(base, server, constants, cohort).compile()
     return compiled, time.perf_counter() - started

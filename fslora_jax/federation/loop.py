@@ -1,46 +1,32 @@
 """Runs from the first round to the exported adapter; killed at any point, they go on to the same end."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
 from fslora_jax.config import Config
 from fslora_jax.errors import UserError
 from fslora_jax.evaluate import make_evaluation
+from fslora_jax.federation.books import At, Books, Call, Display, going
 from fslora_jax.federation.calls import Programs, dispatches
-from fslora_jax.federation.meter import speed_of
+from fslora_jax.federation.meter import shown
 from fslora_jax.federation.method import check_method
 from fslora_jax.federation.round import Cohort
 from fslora_jax.federation.running import Running
 from fslora_jax.federation.setup import Federation, data_fingerprint, set_up, settle_devices
 from fslora_jax.federation.summary import draw_partition, told_truncated, write_results
-from fslora_jax.federation.together import alike, cohorts_together, joined, parted, start_of
+from fslora_jax.federation.together import alike, cohorts_together, joined, start_of
 from fslora_jax.preemption import Preempted, watching
 from fslora_jax.processes import leader_first, seconds_of
 from fslora_jax.rundir import InUse, keep_data, keep_start, open_run, own_start, read_summary
 from fslora_jax.watchdog import watchdog
-
-At = Callable[[int, str], None]
-"""Hears of what is done now: the round, and the step."""
-
-
-class Display(Protocol):
-    """What the loop tells a person while it runs."""
-
-    def stage(self, text: str) -> None:
-        """What happens now."""
-        ...
-
-    def round(self, done: int, total: int, values: dict[str, float]) -> None:
-        """A round has ended."""
-        ...
 
 
 def run(config: Config, run_dir: Path, display: Display) -> dict[str, Any]:
@@ -126,7 +112,8 @@ def prepared(opened: Sequence[tuple[Config, Path]], display: Display, stack: Exi
 def train(runs: Sequence[Running], display: Display, at: At) -> float:
     """All remaining rounds of runs that stand at the same one; returns the seconds of compilation for each.
 
-    A run whose training leaves the finite numbers is told of no more, and the others go on.
+    Where rounds are short, the devices have the next one before the host looks at what the last one left, so that
+    they do not wait for it. A run whose training leaves the finite numbers is told of no more, and the others go on.
     """
     config, federation, done, count = runs[0].config, runs[0].federation, runs[0].done, len(runs)
     num_rounds = config.federation.num_rounds
@@ -147,43 +134,37 @@ def train(runs: Sequence[Running], display: Display, at: At) -> float:
             display.stage("evaluating the start")
             at(0, "evaluating")
             begin(runs)
+        books, unseen = Books(runs, display, at), None
         for number, rounds in enumerate(calls):
             if not going(runs):
                 break
             at(rounds.start + 1, "waiting for data")
             asked = time.perf_counter()
-            cohorts, started = remembered(runs, upcoming.result()), time.perf_counter()
+            cohort = joined(remembered(runs, upcoming.result()))
+            idle = unseen is None or unseen.has_ended()
+            started = time.perf_counter()
             if number + 1 < len(calls):
                 upcoming = ahead.submit(feed, calls[number + 1])
-            cohort = joined(cohorts)
             step = programs.of(server, constants, cohort)
             at(rounds.start + 1, "training")
             with jax.transfer_guard("disallow"):
                 server, played = step(programs.base, server, constants, cohort)
-            parts = zip(runs, cohorts, parted(server, count), parted(played, count), strict=True)
-            for one, given, after, left in parts:
-                if one.failure is None:
-                    one.take(rounds, given, after, left)
-            seconds = time.perf_counter() - started
-            done = rounds.stop
-            if done % config.evaluate_every == 0 or done == num_rounds:
-                at(done, "evaluating")
-                for one in going(runs):
-                    one.evaluate()
-            passes, clients = federation.steps.passes, config.clients_per_round
-            speed = speed_of(cohort, passes, clients, seconds, started - asked, count * len(rounds))
-            for one in going(runs):
-                one.write(speed)
-            for one in going(runs)[:1]:
-                display.round(done, num_rounds, one.told)
-            stopping = stop_is_due(done) and done < num_rounds
-            if stopping or done % config.checkpoint_every == 0 or done == num_rounds:
-                at(done, "saving")
-                for one in going(runs):
-                    one.save()
+            waited = started - asked if idle else 0.0
+            call = Call(rounds, cohort, shown(cohort, played), played.memory, started, waited)
+            if unseen is not None:
+                books.see(unseen)
+            held = books.due(rounds)
+            if held:
+                books.settle(call, server)
+            stopping = stop_is_due(rounds.stop) and rounds.stop < num_rounds
+            if stopping and not held:
+                books.settle(call, server)
+            unseen = None if held or stopping else call
+            if unseen is None:
+                books.save(rounds.stop, stopping=stopping)
             if stopping:
                 raise Preempted(
-                    f"{runs[0].run_dir}: stopped after round {done} of {num_rounds}, which is saved"
+                    f"{runs[0].run_dir}: stopped after round {rounds.stop} of {num_rounds}, which is saved"
                 )
     return programs.seconds / count
 
@@ -195,11 +176,6 @@ def begin(runs: Sequence[Running]) -> None:
         one.begin(starts.setdefault(start_of(one.config), one))
     for one in going(runs):
         one.write()
-
-
-def going(runs: Sequence[Running]) -> list[Running]:
-    """Those that have not failed."""
-    return [one for one in runs if one.failure is None]
 
 
 def remembered(runs: Sequence[Running], cohorts: Sequence[Cohort]) -> list[Cohort]:

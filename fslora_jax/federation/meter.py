@@ -3,11 +3,11 @@
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fslora_jax.errors import Diverged
 from fslora_jax.federation.cohort import EMPTY
@@ -16,8 +16,23 @@ from fslora_jax.federation.local import Passes
 from fslora_jax.federation.round import Cohort, Played
 from fslora_jax.federation.setup import Federation
 from fslora_jax.methods import Client, Traffic
-from fslora_jax.processes import fetch
+from fslora_jax.processes import gathered
 from fslora_jax.random import Purpose, device_key
+
+
+class Seen(NamedTuple):
+    """What a host sees of the rounds of a call: the clients, losses of their steps, weights of their examples, and
+    what the method tells."""
+
+    clients: Client
+    losses: Float[Array, "*rounds groups chunks slots H"]
+    weights: Float[Array, "*rounds groups chunks slots H E"]
+    told: dict[str, Float[Array, "*rounds"]]
+
+
+def shown(cohort: Cohort, played: Played) -> Seen:
+    """The same on the devices, whole in every process: asked for before they are given the next round."""
+    return gathered(Seen(cohort.clients, played.losses, cohort.batches.weights, played.told))
 
 
 class Meter:
@@ -45,17 +60,15 @@ class Meter:
         self._seconds += round_seconds(population, self._federation.steps, self._federation.cohort(t), t)
         return {"clock/simulated_seconds": self._seconds}
 
-    def measure(self, t: int, cohort: Cohort, played: Played) -> dict[str, Any]:
+    def measure(self, t: int, seen: Seen) -> dict[str, Any]:
         """Mean training loss of the round, the bytes of all rounds so far, and what the method tells.
 
         Raises:
           UserError: a client's loss is NaN or infinite; names the round and the client.
         """
-        clients, by_step, real, told = fetch(
-            (cohort.clients, played.losses, cohort.batches.weights, played.told)
-        )
-        ids = clients.id
-        by_step, done = by_step[ids != EMPTY], (real > 0).any(axis=-1)[ids != EMPTY]
+        ids = np.asarray(seen.clients.id)
+        by_step: np.ndarray = np.asarray(seen.losses)[ids != EMPTY]
+        done: np.ndarray = np.any(np.asarray(seen.weights)[ids != EMPTY] > 0, axis=-1)
         broken = ~np.isfinite(by_step)
         if broken.any():
             which, h = np.argwhere(broken)[0]
@@ -64,13 +77,13 @@ class Meter:
                 "lower client_optimizer.learning_rate, set client_optimizer.max_grad_norm, or look at its data; "
                 "the last checkpoint is kept"
             )
-        self._count(t, jax.tree.map(lambda x: x[ids != EMPTY], clients))
+        self._count(t, jax.tree.map(lambda x: x[ids != EMPTY], seen.clients))
         return self._clock(t) | {
             "train/loss": mean_loss(by_step, done),
             "clients/reported": int(done.any(1).sum()),
             "traffic/down_bytes": self._down,
             "traffic/up_bytes": self._up,
-            **{name: float(value) for name, value in told.items()},
+            **{name: float(value) for name, value in seen.told.items()},
         }
 
 

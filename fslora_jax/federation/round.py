@@ -24,6 +24,10 @@ Shift = Callable[[PyTree, dict[str, Array]], PyTree]
 """A model's base with something added to its kernels, ``(base, {module: (N, i, o)}) -> base``."""
 
 
+SERVER = 1
+"""Which argument of a round its result may take the place of."""
+
+
 class Keys(NamedTuple):
     """Base keys of the random purposes inside a round; round and client are folded in here."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from fslora_jax.checkpoint import Checkpoints
@@ -15,9 +16,9 @@ from fslora_jax.errors import Diverged
 from fslora_jax.evaluate import measure
 from fslora_jax.federation.calls import by_round
 from fslora_jax.federation.memories import remembering
-from fslora_jax.federation.meter import Meter
+from fslora_jax.federation.meter import Meter, Seen
 from fslora_jax.federation.privacy import privacy_record
-from fslora_jax.federation.round import Cohort, Played
+from fslora_jax.federation.round import Cohort
 from fslora_jax.federation.setup import (
     Federation,
     global_model,
@@ -26,7 +27,6 @@ from fslora_jax.federation.setup import (
     run_constants,
 )
 from fslora_jax.log import JsonLines, Logger, open_loggers, read_records
-from fslora_jax.methods import Server
 from fslora_jax.processes import leads
 from fslora_jax.rundir import MEMORIES, METRICS
 from fslora_jax.sharding import over_clients
@@ -36,8 +36,9 @@ Evaluation = Callable[[PyTree, PyTree, Batch], Score]
 
 
 class Running:
-    """A run from its last checkpoint on; ``done`` rounds are behind its ``server``.
+    """A run from its last checkpoint on, ``done`` rounds of which have been seen.
 
+    ``server`` is that of the last evaluation or checkpoint; the next call of the device takes its place.
     ``failure`` is why its training has ended early: it left the finite numbers, and is told of no more. ``told`` is
     its newest record.
     """
@@ -73,17 +74,22 @@ class Running:
         """A cohort whose clients know what they remember; only after the round before."""
         return remembering(cohort, self._memories)
 
-    def take(self, rounds: range, cohort: Cohort, server: Server, played: Played) -> None:
-        """Takes over what some rounds left."""
-        self.done, self.server = rounds.stop, server
+    @property
+    def remembers(self) -> bool:
+        """Whether a round needs what clients remember of the one before."""
+        return self._memories is not None
+
+    def take(self, rounds: range, seen: Seen, memory: dict[str, PyTree]) -> None:
+        """Takes over what some rounds left, but the server."""
+        self.done = rounds.stop
         try:
-            parts = by_round(rounds, cohort, played)
-            self._records = [{"round": t + 1, **self._meter.measure(t, *part)} for t, part in parts]
+            parts = by_round(rounds, seen)
+            self._records = [{"round": t + 1, **self._meter.measure(t, part)} for t, part in parts]
         except Diverged as error:
             self.failure = error
             return
         if self._memories is not None:
-            self._memories.scatter(jax.device_get(cohort.clients.id), played.memory)
+            self._memories.scatter(np.asarray(seen.clients.id), memory)
 
     def begin(self, twin: "Running") -> None:
         """Evaluates the start, or takes over what a ``twin`` found, which starts from the same weights."""

@@ -1,7 +1,6 @@
 """Runs that share one program: which ones may, and how their federations are made alike."""
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import repeat
 from typing import TypeVar
 
@@ -82,11 +81,18 @@ def parted(values: T, runs: int) -> list[T]:
     return [values] if runs == 1 else _part(values, runs)
 
 
+def parted_here(values: T, runs: int) -> list[T]:
+    """`parted` of arrays on the host, which no device is asked for."""
+    return [values] if runs == 1 else _each(values, runs)
+
+
 @jax.jit
 def _join(parts: Sequence[T]) -> T:
     return jax.tree.map(lambda *of_run: jnp.stack(of_run), *parts)
 
 
-@partial(jax.jit, static_argnums=1)
-def _part(values: T, runs: int) -> list[T]:
+def _each(values: T, runs: int) -> list[T]:
     return [jax.tree.map(lambda x, i=i: x[i], values) for i in range(runs)]
+
+
+_part = jax.jit(_each, static_argnums=1)

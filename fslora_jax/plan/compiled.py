@@ -18,7 +18,7 @@ from fslora_jax.federation.cohort import Layout, plan_layout
 from fslora_jax.federation.method import is_tiered, make_method
 from fslora_jax.federation.optimizer import make_client_optimizer
 from fslora_jax.federation.resources import resources
-from fslora_jax.federation.round import Cohort, make_round
+from fslora_jax.federation.round import SERVER, Cohort, make_round
 from fslora_jax.federation.setup import (
     cohort_sampler,
     different_cohorts,
@@ -61,7 +61,7 @@ def compile_round(config: Config, model: Model, shape: BatchShape, devices: Sequ
     layout = layout_of(config, model, client_groups(mesh) * config.federation.cohort_chunks)
     arguments = placed(abstract_arguments(config, model, shape, layout), mesh, devices)
     started = time.perf_counter()
-    traced = jax.jit(round_of(config, model, layout, mesh)).trace(*arguments)
+    traced = jax.jit(round_of(config, model, layout, mesh), donate_argnums=SERVER).trace(*arguments)
     sizes: dict[str, int] = (
         dict.fromkeys(AXES, 1) if mesh is None else {axis: mesh.shape[axis] for axis in AXES}
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 
 from fslora_jax.bench.worker import peak_bytes, say
 from fslora_jax.config import make_config
@@ -71,10 +72,11 @@ def prepared(point: Point, model: Model) -> tuple[dict[str, Any], Any]:
     }
 
     def one_round() -> dict[str, float]:
+        before = jax.block_until_ready(jax.tree.map(jnp.copy, server))
         started = time.perf_counter()
         cohort = jax.block_until_ready(cohort_of(config, federation, 0))
         fed = time.perf_counter()
-        jax.block_until_ready(program(base, server, constants, cohort))
+        jax.block_until_ready(program(base, before, constants, cohort))
         return {"seconds": time.perf_counter() - started, "feed_seconds": fed - started}
 
     return facts, one_round
