@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fslora_jax.config import Config
 from fslora_jax.errors import UserError
@@ -129,6 +130,9 @@ def train(runs: Sequence[Running], display: Display, at: At) -> float:
         at(done, "compiling")
         programs = Programs(config, federation, count)
         server, constants = joined([one.server for one in runs]), joined([one.constants for one in runs])
+        server = jax.tree.map(
+            jnp.copy, server
+        )  # which each call replaces, and parts of it may be held elsewhere
         programs.of(server, constants, joined(remembered(runs, upcoming.result())))
         if not done:
             display.stage("evaluating the start")
