@@ -1,13 +1,13 @@
 """Runs from the first round to the exported adapter; killed at any point, they go on to the same end."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,39 +122,31 @@ def train(runs: Sequence[Running], display: Display, at: At) -> float:
         return 0.0
     with ExitStack() as stack:
         stop_is_due = stack.enter_context(watching())
-        ahead = stack.enter_context(ThreadPoolExecutor(1))
-        feed = partial(cohorts_together, [one.config for one in runs], [one.federation for one in runs])
-        calls = dispatches(config, done)
-        upcoming = ahead.submit(feed, calls[0])
+        arrays = stack.enter_context(closing(fed(runs, dispatches(config, done), at)))
         display.stage(f"compiling the round{f' of {count} runs' if count > 1 else ''}")
+        first = next(arrays)
         at(done, "compiling")
         programs = Programs(config, federation, count)
         server, constants = joined([one.server for one in runs]), joined([one.constants for one in runs])
-        server = jax.tree.map(
-            jnp.copy, server
-        )  # which each call replaces, and parts of it may be held elsewhere
-        programs.of(server, constants, joined(remembered(runs, upcoming.result())))
+        server = jax.tree.map(jnp.copy, server)  # calls replace it, and parts of it may be held elsewhere
+        programs.of(server, constants, joined(remembered(runs, first.cohorts)))
         if not done:
             display.stage("evaluating the start")
             at(0, "evaluating")
             begin(runs)
         books, unseen = Books(runs, display, at), None
-        for number, rounds in enumerate(calls):
+        for rounds, cohorts, waited in chain([first], arrays):
             if not going(runs):
                 break
-            at(rounds.start + 1, "waiting for data")
-            asked = time.perf_counter()
-            cohort = joined(remembered(runs, upcoming.result()))
             idle = unseen is None or unseen.has_ended()
-            started = time.perf_counter()
-            if number + 1 < len(calls):
-                upcoming = ahead.submit(feed, calls[number + 1])
+            cohort, started = joined(remembered(runs, cohorts)), time.perf_counter()
             step = programs.of(server, constants, cohort)
             at(rounds.start + 1, "training")
             with jax.transfer_guard("disallow"):
                 server, played = step(programs.base, server, constants, cohort)
-            waited = started - asked if idle else 0.0
-            call = Call(rounds, cohort, shown(cohort, played), played.memory, started, waited)
+            call = Call(
+                rounds, cohort, shown(cohort, played), played.memory, started, waited if idle else 0.0
+            )
             if unseen is not None:
                 books.see(unseen)
             held = books.due(rounds)
@@ -171,6 +163,29 @@ def train(runs: Sequence[Running], display: Display, at: At) -> float:
                     f"{runs[0].run_dir}: stopped after round {rounds.stop} of {num_rounds}, which is saved"
                 )
     return programs.seconds / count
+
+
+class Fed(NamedTuple):
+    """Each run's arrays of the rounds of a call, and the seconds that were waited for them."""
+
+    rounds: range
+    cohorts: list[Cohort]
+    waited: float
+
+
+def fed(runs: Sequence[Running], calls: Sequence[range], at: At) -> Generator[Fed]:
+    """What the calls need, in their order; the arrays of the next one are made in the background."""
+    feed = partial(cohorts_together, [one.config for one in runs], [one.federation for one in runs])
+    with ThreadPoolExecutor(1) as ahead:
+        upcoming = ahead.submit(feed, calls[0])
+        for rounds, following in zip_longest(calls, calls[1:]):
+            at(rounds.start + 1, "waiting for data")
+            asked = time.perf_counter()
+            cohorts = upcoming.result()
+            waited = time.perf_counter() - asked
+            if following is not None:
+                upcoming = ahead.submit(feed, following)
+            yield Fed(rounds, cohorts, waited)
 
 
 def begin(runs: Sequence[Running]) -> None:
