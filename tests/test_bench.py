@@ -10,7 +10,7 @@ import runs
 
 from fslora_jax.adapters.write import named_tensors
 from fslora_jax.bench import command
-from fslora_jax.bench.compare import compare
+from fslora_jax.bench.compare import compare, record_of
 from fslora_jax.bench.engines import ENGINES, engine_round
 from fslora_jax.bench.work import fill_of, work_of
 from fslora_jax.config import make_config
@@ -113,8 +113,18 @@ def test_a_comparison_takes_turns_in_processes_of_their_own(world):
     for row in record["engines"].values():
         assert len(row["seconds"]) == 2
         assert row["peak_bytes"] > 1e7
-    assert record["engines"]["tiered"]["time_over_tiered"] == 1.0
+    assert record["engines"]["tiered"]["time_over"]["tiered"] == 1.0
     assert [text.split(": ")[1] for text in told[2:]] == ["tiered", "loop"] * 2
+
+
+def test_ratios_are_medians_of_pairs_between_all_rows():
+    """Not ratios of medians: c takes three times as long as a, though their medians are 4 and 2."""
+    facts = {"work": {"tokens": 10, "clients": 2, "flops": 1.0}, "fill": 1.0}
+    seconds = {"a": [1.0, 2.0, 4.0], "b": [2.0, 6.0, 4.0], "c": [4.0, 2.0, 12.0]}
+    rows = record_of(facts, dict.fromkeys("abc", 5.0), seconds, dict.fromkeys("abc", 1), 1.0)
+    found = {engine: row["time_over"] for engine, row in rows["engines"].items()}
+    assert found["a"] == {"a": 1.0, "b": 0.5, "c": 1 / 3}
+    assert found["c"] == {"a": 3.0, "b": 2.0, "c": 1.0}
 
 
 def test_what_was_measured_stays_when_the_rest_fails(world, tmp_path, monkeypatch):

@@ -34,7 +34,9 @@ def bench_command(argv: Sequence[str]) -> None:
         engines=option(tuple[str, ...], DEFAULT, "Engines; ratios are to the first."),
         repeats=option(int, 3, "Timed repetitions of each engine, in turn."),
         json=option(
-            Path | None, None, "Also write the whole record to this file, after each repetition anew."
+            Path | None,
+            None,
+            "Also write the whole record to this file, after each repetition anew: with ratios between all rows.",
         ),
         device=option(Literal["cpu", "gpu", "tpu"] | None, None, "Kind of device; by default JAX's choice."),
     )
@@ -83,7 +85,7 @@ def print_table(record: dict[str, Any]) -> None:
             f"{row['clients_per_second']:.2f}",
             f"{row['peak_bytes'] / 1e9:.2f}",
             f"{row['of_best_matmul']:.0%}",
-            f"{row[f'time_over_{first}']:.2f}",
+            f"{row['time_over'][first]:.2f}",
         )
     rate = record["best_matmul_flops_per_second"] / 1e9
     console = Console()

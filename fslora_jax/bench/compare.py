@@ -132,8 +132,11 @@ def record_of(
     peaks: Mapping[str, int],
     rate: float,
 ) -> dict[str, Any]:
-    """What `compare` yields, of each engine's first round, later rounds and peak bytes, the first engine before all."""
-    work, (base, *_) = facts["work"], seconds
+    """What `compare` yields, of each engine's first round, later rounds and peak bytes.
+
+    ``time_over`` are the medians of a row's paired ratios to every other one.
+    """
+    work = facts["work"]
     rows = {}
     for engine, times in seconds.items():
         typical = float(np.median(times))
@@ -144,7 +147,10 @@ def record_of(
             "clients_per_second": work["clients"] / typical,
             "peak_bytes": peaks[engine],
             "of_best_matmul": work["flops"] / typical / rate,
-            f"time_over_{base}": float(np.median(np.array(times) / np.array(seconds[base]))),
+            "time_over": {
+                other: float(np.median(np.array(times) / np.array(theirs)))
+                for other, theirs in seconds.items()
+            },
         }
     return {
         "machine": machine(),
