@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from fslora_jax.config import load_config, make_config
 from fslora_jax.data.batches import BatchShape
 from fslora_jax.federation import books, feed, shapes
-from fslora_jax.federation.calls import Programs, cohort_of, cohorts_of, dispatches
+from fslora_jax.federation.calls import Programs, calls_of, cohort_of, cohorts_of
 from fslora_jax.federation.cohort import sample_cohort
 from fslora_jax.federation.meter import Meter
 from fslora_jax.federation.optimizer import make_client_optimizer
@@ -242,13 +242,18 @@ def test_calls_cover_the_rounds_and_end_at_evaluations_and_checkpoints(world, do
             "checkpoint_every": every[1],
         }
     )
-    found = dispatches(config, done)
+    calls = calls_of(config, done)
+    found = [one.rounds for one in calls]
     assert [t for rounds in found for t in rounds] == list(range(done, done + rounds))
     ends = {rounds.stop for rounds in found}
     assert all(t in ends for t in range(done + 1, done + rounds) if t % every[0] == 0 or t % every[1] == 0)
     assert max(map(len, found)) <= call
     short = [rounds.stop for rounds in found if len(rounds) < call]
     assert all(t % every[0] == 0 or t % every[1] == 0 or t == done + rounds for t in short)
+    for one in calls:
+        last = one.rounds.stop == done + rounds
+        assert one.evaluates == (last or one.rounds.stop % every[0] == 0)
+        assert one.saves == (last or one.rounds.stop % every[1] == 0)
 
 
 @given(*[st.integers(1, 40)] * 4, st.integers(1, 4))

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from fslora_jax.federation.calls import Call
 from fslora_jax.federation.meter import Seen, speed_of
 from fslora_jax.federation.round import Cohort
 from fslora_jax.federation.running import Running
@@ -35,14 +36,14 @@ class Display(Protocol):
         ...
 
 
-class Call(NamedTuple):
-    """Rounds that the devices were asked for, and what there will be to see of them.
+class Given(NamedTuple):
+    """A call that the devices were given, and what there will be to see of it.
 
-    ``cohort`` and ``memory`` are on the devices and of all runs together, as is ``shown``. The devices were given the
-    call at ``started``, after they had ``waited`` so many seconds for its arrays.
+    ``cohort`` and ``memory`` are on the devices and of all runs together, as is ``shown``. The devices were given it
+    at ``started``, after they had ``waited`` so many seconds for its arrays.
     """
 
-    rounds: range
+    call: Call
     cohort: Cohort
     shown: Seen
     memory: dict[str, PyTree]
@@ -62,65 +63,54 @@ class Books:
         self._runs, self._display, self._at = runs, display, at
         self._ended, self._seconds = 0.0, math.inf
 
-    def due(self, rounds: range) -> bool:
+    def due(self, call: Call) -> bool:
         """Whether a call has to be settled before the devices get the next one."""
-        return (
-            self._evaluates(rounds.stop)
-            or self._saves(rounds.stop)
-            or any(one.remembers for one in self._runs)
-            or self._seconds > AHEAD_SECONDS
-        )
+        remember = any(one.remembers for one in self._runs)
+        return call.evaluates or call.saves or remember or self._seconds > AHEAD_SECONDS
 
-    def see(self, call: Call) -> None:
+    def see(self, given: Given) -> None:
         """Waits for a call and writes what it was; a run that left the finite numbers has failed then."""
-        self._take(call)
-        self._write(call)
+        self._take(given)
+        self._write(given)
 
-    def settle(self, call: Call, server: Server) -> None:
+    def settle(self, given: Given, server: Server) -> None:
         """As `see`, with the ``server`` after the call, which is evaluated where that is due."""
-        self._take(call)
+        self._take(given)
         for one, own in zip(self._runs, parted(server, len(self._runs)), strict=True):
             one.server = own
-        if self._evaluates(call.rounds.stop):
-            self._at(call.rounds.stop, "evaluating")
+        if given.call.evaluates:
+            self._at(given.call.rounds.stop, "evaluating")
             for one in going(self._runs):
                 one.evaluate()
-        self._write(call)
+        self._write(given)
 
-    def save(self, done: int, *, stopping: bool) -> None:
-        """Saves what was settled after ``done`` rounds, where that is due or the run stops."""
-        if stopping or self._saves(done):
-            self._at(done, "saving")
+    def save(self, call: Call, *, stopping: bool) -> None:
+        """Saves what was settled of a call, where that is due or the run stops."""
+        if stopping or call.saves:
+            self._at(call.rounds.stop, "saving")
             for one in going(self._runs):
                 one.save()
 
-    def _evaluates(self, done: int) -> bool:
-        config = self._runs[0].config
-        return done == config.federation.num_rounds or done % config.evaluate_every == 0
-
-    def _saves(self, done: int) -> bool:
-        config = self._runs[0].config
-        return done == config.federation.num_rounds or done % config.checkpoint_every == 0
-
-    def _take(self, call: Call) -> None:
-        self._at(call.rounds.start + 1, "training")
-        seen = jax.tree.map(np.asarray, call.shown)
+    def _take(self, given: Given) -> None:
+        rounds, count = given.call.rounds, len(self._runs)
+        self._at(rounds.start + 1, "training")
+        seen = jax.tree.map(np.asarray, given.shown)
         ended = time.perf_counter()
-        self._seconds, self._ended = ended - max(call.started, self._ended), ended
-        count = len(self._runs)
-        parts = zip(self._runs, parted_here(seen, count), parted(call.memory, count), strict=True)
+        self._seconds, self._ended = ended - max(given.started, self._ended), ended
+        parts = zip(self._runs, parted_here(seen, count), parted(given.memory, count), strict=True)
         for one, own, memory in parts:
             if one.failure is None:
-                one.take(call.rounds, own, memory)
+                one.take(rounds, own, memory)
 
-    def _write(self, call: Call) -> None:
+    def _write(self, given: Given) -> None:
         runs, federation, config = self._runs, self._runs[0].federation, self._runs[0].config
-        passes, rounds = federation.steps.passes, len(runs) * len(call.rounds)
-        speed = speed_of(call.cohort, passes, config.clients_per_round, self._seconds, call.waited, rounds)
+        passes, rounds = federation.steps.passes, given.call.rounds
+        count = len(runs) * len(rounds)
+        speed = speed_of(given.cohort, passes, config.clients_per_round, self._seconds, given.waited, count)
         for one in going(runs):
             one.write(speed)
         for one in going(runs)[:1]:
-            self._display.round(call.rounds.stop, config.federation.num_rounds, one.told)
+            self._display.round(rounds.stop, config.federation.num_rounds, one.told)
 
 
 def going(runs: Sequence[Running]) -> list[Running]:

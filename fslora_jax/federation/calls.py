@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -20,13 +20,25 @@ from fslora_jax.models.kernels import laid_out, narrowed
 T = TypeVar("T")
 
 
-def dispatches(config: Config, done: int) -> list[range]:
-    """The rounds of each call that remains: ``rounds_per_call``, but none beyond an evaluation or a checkpoint."""
-    calls, t, num_rounds = [], done, config.federation.num_rounds
-    while t < num_rounds:
-        ends = [t - t % every + every for every in (config.evaluate_every, config.checkpoint_every)]
-        calls.append(range(t, min(t + config.federation.rounds_per_call, *ends, num_rounds)))
-        t = calls[-1].stop
+class Call(NamedTuple):
+    """Rounds that are one dispatch, and whether the server after them is evaluated and saved."""
+
+    rounds: range
+    evaluates: bool
+    saves: bool
+
+
+def calls_of(config: Config, done: int) -> list[Call]:
+    """The calls that remain: ``rounds_per_call`` each, but none goes beyond an evaluation or a checkpoint."""
+    calls, num_rounds = [], config.federation.num_rounds
+    while done < num_rounds:
+        evaluation, checkpoint = (
+            min(done - done % every + every, num_rounds)
+            for every in (config.evaluate_every, config.checkpoint_every)
+        )
+        stop = min(done + config.federation.rounds_per_call, evaluation, checkpoint)
+        calls.append(Call(range(done, stop), stop == evaluation, stop == checkpoint))
+        done = stop
     return calls
 
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from fslora_jax.config import Config
 from fslora_jax.errors import UserError
 from fslora_jax.evaluate import make_evaluation
-from fslora_jax.federation.books import At, Books, Call, Display, going
-from fslora_jax.federation.calls import Programs, dispatches
+from fslora_jax.federation.books import At, Books, Display, Given, going
+from fslora_jax.federation.calls import Call, Programs, calls_of
 from fslora_jax.federation.meter import shown
 from fslora_jax.federation.method import check_method
 from fslora_jax.federation.round import Cohort
@@ -122,7 +122,7 @@ def train(runs: Sequence[Running], display: Display, at: At) -> float:
         return 0.0
     with ExitStack() as stack:
         stop_is_due = stack.enter_context(watching())
-        arrays = stack.enter_context(closing(fed(runs, dispatches(config, done), at)))
+        arrays = stack.enter_context(closing(fed(runs, calls_of(config, done), at)))
         display.stage(f"compiling the round{f' of {count} runs' if count > 1 else ''}")
         first = next(arrays)
         at(done, "compiling")
@@ -135,29 +135,30 @@ def train(runs: Sequence[Running], display: Display, at: At) -> float:
             at(0, "evaluating")
             begin(runs)
         books, unseen = Books(runs, display, at), None
-        for rounds, cohorts, waited in chain([first], arrays):
+        for call, cohorts, waited in chain([first], arrays):
             if not going(runs):
                 break
+            rounds = call.rounds
             idle = unseen is None or unseen.has_ended()
             cohort, started = joined(remembered(runs, cohorts)), time.perf_counter()
             step = programs.of(server, constants, cohort)
             at(rounds.start + 1, "training")
             with jax.transfer_guard("disallow"):
                 server, played = step(programs.base, server, constants, cohort)
-            call = Call(
-                rounds, cohort, shown(cohort, played), played.memory, started, waited if idle else 0.0
+            given = Given(
+                call, cohort, shown(cohort, played), played.memory, started, waited if idle else 0.0
             )
             if unseen is not None:
                 books.see(unseen)
-            held = books.due(rounds)
+            held = books.due(call)
             if held:
-                books.settle(call, server)
+                books.settle(given, server)
             stopping = stop_is_due(rounds.stop) and rounds.stop < num_rounds
             if stopping and not held:
-                books.settle(call, server)
-            unseen = None if held or stopping else call
+                books.settle(given, server)
+            unseen = None if held or stopping else given
             if unseen is None:
-                books.save(rounds.stop, stopping=stopping)
+                books.save(call, stopping=stopping)
             if stopping:
                 raise Preempted(
                     f"{runs[0].run_dir}: stopped after round {rounds.stop} of {num_rounds}, which is saved"
@@ -166,26 +167,26 @@ def train(runs: Sequence[Running], display: Display, at: At) -> float:
 
 
 class Fed(NamedTuple):
-    """Each run's arrays of the rounds of a call, and the seconds that were waited for them."""
+    """Each run's arrays of a call, and the seconds that were waited for them."""
 
-    rounds: range
+    call: Call
     cohorts: list[Cohort]
     waited: float
 
 
-def fed(runs: Sequence[Running], calls: Sequence[range], at: At) -> Generator[Fed]:
+def fed(runs: Sequence[Running], calls: Sequence[Call], at: At) -> Generator[Fed]:
     """What the calls need, in their order; the arrays of the next one are made in the background."""
     feed = partial(cohorts_together, [one.config for one in runs], [one.federation for one in runs])
     with ThreadPoolExecutor(1) as ahead:
-        upcoming = ahead.submit(feed, calls[0])
-        for rounds, following in zip_longest(calls, calls[1:]):
-            at(rounds.start + 1, "waiting for data")
+        upcoming = ahead.submit(feed, calls[0].rounds)
+        for call, following in zip_longest(calls, calls[1:]):
+            at(call.rounds.start + 1, "waiting for data")
             asked = time.perf_counter()
             cohorts = upcoming.result()
             waited = time.perf_counter() - asked
             if following is not None:
-                upcoming = ahead.submit(feed, following)
-            yield Fed(rounds, cohorts, waited)
+                upcoming = ahead.submit(feed, following.rounds)
+            yield Fed(call, cohorts, waited)
 
 
 def begin(runs: Sequence[Running]) -> None:
