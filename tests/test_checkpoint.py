@@ -1,5 +1,7 @@
 """Checkpoints: whole or not there, back bit by bit, and one line where they are damaged."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +128,21 @@ def test_the_newest_that_can_be_read_is_resumed_from(saved):
     checkpoints.save(2, state(2.0))  # the name is free again
     assert checkpoints.rounds() == [1, 2]
     checkpoints.close()
+
+
+@pytest.mark.parametrize("left", [(), ("_CHECKPOINT_METADATA",)])
+def test_a_step_that_was_half_written_under_its_own_name_is_passed_over(saved, left):
+    """As where a folder is no file system, but a bucket without renaming."""
+    for path in files_of(saved / "2"):
+        if path.name not in left:
+            path.unlink()
+    shutil.rmtree(saved / "2" / "default")
+    told, checkpoints = [], Checkpoints(saved, keep=3)
+    assert checkpoints.rounds() == [1, 2]
+    assert checkpoints.resume(state(0), None, told.append)[0] == 1
+    assert told == [f"{saved / '2'}: the checkpoint cannot be read: it is not whole; going on from round 1"]
+    checkpoints.close()
+    assert sorted(path.name for path in saved.iterdir()) == ["1", "2.unreadable"]
 
 
 def test_where_no_checkpoint_can_be_read_nothing_is_moved(saved):

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,30 @@ def test_several_processes_know_each_other(call):
     assert code == 2
     assert "ended with code 2; the same command goes on from the last checkpoint" in err
     assert "usage" in call("several.sh")[2]
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
+def test_several_processes_that_are_asked_to_stop_have_saved_when_the_script_ends(tmp_path, asked):
+    stand_in = tmp_path / "fslora"
+    stand_in.write_text(
+        "#!/usr/bin/env bash\n"
+        f'trap \'sleep 1; touch "{tmp_path}/saved $JAX_PROCESS_ID"; exit 143\' TERM\n'
+        f'touch "{tmp_path}/here $JAX_PROCESS_ID"\n'
+        "while :; do sleep 0.1; done\n"
+    )
+    stand_in.chmod(0o755)
+    process = subprocess.Popen(
+        [LAUNCH / "several.sh", "2", *RUN], env=os.environ | {"FSLORA": str(stand_in)}, start_new_session=True
+    )
+    try:
+        latest = time.monotonic() + 60
+        while len(list(tmp_path.glob("here *"))) < 2 and time.monotonic() < latest:
+            time.sleep(0.02)
+        process.send_signal(asked)
+        assert process.wait(timeout=60) == EXIT_CODE
+        assert len(list(tmp_path.glob("saved *"))) == 2
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize(
