@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -27,6 +28,8 @@ the others end; seconds in which nothing moves until the watchdog says so."""
 LOST_CODE = os.EX_TEMPFAIL
 """What the command line exits with when another process has gone: to be tried again, as `launch/` has it."""
 
+AGAIN = "run the same command in all of them again to go on from the last checkpoint"
+
 GONE = re.compile("gloo|nccl|coordination service|heartbeat|closed by peer|reset by peer", re.I)
 """In messages of collectives whose other end is no longer there."""
 
@@ -49,21 +52,36 @@ def seconds_of(name: str) -> float:
 
 @contextmanager
 def losing_others() -> Iterator[None]:
-    """Makes one line of what a collective says when its other end has died.
+    """Makes one line of what a collective says when its other end has died, or JAX, which then ends this process.
 
     Raises:
-      Lost: it has.
+      Lost: a collective has.
     """
+    if jax.process_count() == 1:
+        yield
+        return
+    here = f"process {jax.process_index()} of {jax.process_count()}"
+    with last_words(f"fslora: error: {here} was killed, or ended by JAX, as it is when process 0 dies; {AGAIN}"):
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if not GONE.search(str(error)):
+                raise
+            raise Lost(
+                f"{here} cannot go on, as another process has ended ({' '.join(str(error).split())[:200]}); its own "
+                f"messages say why; {AGAIN}"
+            ) from None
+
+
+@contextmanager
+def last_words(text: str) -> Iterator[None]:
+    """Has a shell say on stderr what this process cannot say itself when a signal ends it."""
+    shell = ["sh", "-c", 'read -r _ || echo "$0" >&2', text]
+    heir = subprocess.Popen(shell, stdin=subprocess.PIPE, start_new_session=True)  # what ends a group spares it
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or not GONE.search(str(error)):
-            raise
-        raise Lost(
-            f"process {jax.process_index()} of {jax.process_count()} cannot go on, as another process has ended "
-            f"({' '.join(str(error).split())[:200]}); its own messages say why; run the same command in all of them "
-            "again to go on from the last checkpoint"
-        ) from None
+    finally:
+        heir.communicate(b"\n")
 
 
 def join() -> None:

@@ -4,6 +4,9 @@ import json
 import re
 import signal
 import socket
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -43,7 +46,13 @@ def play(world, folder, drivers, *argv):
     """The run in as many processes as there are ``drivers``: how they ended."""
     config = runs.write_config(folder.with_suffix(".yaml"), world, **CHANGES)
     started = [runs.start(world, "train", config, "--run-dir", folder, *argv, driver=d) for d in drivers]
-    return [runs.finish(process, 300) for process in started]
+    ended = [runs.finish(process, 300) for process in started]
+    for process, done in zip(started, ended, strict=True):
+        latest = time.monotonic() + 60
+        while done.returncode < 0 and processes.AGAIN not in done.stderr and time.monotonic() < latest:
+            time.sleep(0.05)  # its heir speaks after its end
+            done.stderr = process.communicate()[1]
+    return ended
 
 
 def check_ended(processes):
@@ -100,7 +109,7 @@ STOPPED_THEN_ASKED_TO_LEAVE = """
     time.sleep(1.5 if done >= 3 else 0)
 """
 KILLED = """
-    if not first and done == 8:
+    if first == {leader} and done == {round}:
         os.kill(me, signal.SIGKILL)
 """
 
@@ -126,16 +135,36 @@ def test_one_of_two_processes_hangs_is_asked_to_leave_and_dies(world, two):
     assert int(stopped) >= 3
     assert (run / "checkpoints" / stopped).is_dir()
 
-    alone, dead = play(world, run, pair(FAULT.format(what=KILLED), **limits), "--distributed")
+    killed = FAULT.format(what=KILLED.format(leader=True, round=6))
+    dead, alone = play(world, run, pair(killed, **limits), "--distributed")
+    assert dead.returncode == -signal.SIGKILL
+    assert alone.returncode in (processes.LOST_CODE, -signal.SIGABRT)  # who is first, we or JAX
+    assert re.search("process 1 of 2 (cannot go on|was killed, or ended by JAX)", alone.stderr), alone.stderr
+    assert processes.AGAIN in alone.stderr
+    assert "process 0 of 2 was killed" in dead.stderr
+
+    killed = FAULT.format(what=KILLED.format(leader=False, round=8))
+    alone, dead = play(world, run, pair(killed, **limits), "--distributed")
     assert dead.returncode == -signal.SIGKILL
     assert alone.returncode == processes.LOST_CODE, alone.stderr
     assert "process 0 of 2 cannot go on, as another process has ended" in alone.stderr
-    assert "run the same command in all of them again to go on from the last checkpoint" in alone.stderr
+    assert processes.AGAIN in alone.stderr
     assert "Traceback" not in alone.stderr
+    assert "was killed" not in alone.stderr
     assert json.loads((run / "heartbeats" / "1").read_text())["round"] in (7, 8)  # written from time to time
 
     check_ended(play(world, run, pair(), "--distributed"))
     assert runs.results(run) == runs.results(two)
+
+
+@pytest.mark.parametrize(
+    ("end", "spoken"),
+    [("pass", ""), ("raise SystemExit(3)", ""), ("os.abort()", "lost\n"), ("os.kill(os.getpid(), 9)", "lost\n")],
+)
+def test_who_ends_without_a_word_has_left_one(end, spoken):
+    code = f"import os\nfrom fslora_jax.processes import last_words\nwith last_words('lost'):\n    {end}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stderr == spoken
 
 
 def test_a_process_without_a_number_is_refused(monkeypatch):
