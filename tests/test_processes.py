@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -60,6 +61,18 @@ def check_ended(processes):
         assert done.returncode == 0, done.stderr
 
 
+def check_alike(run, expected):
+    """The metrics and the adapter of a run are those of another one, but for the order of sums."""
+    wanted, found = runs.records(expected), runs.records(run)
+    assert [set(record) for record in found] == [set(record) for record in wanted]
+    for a, b in zip(wanted, found, strict=True):
+        np.testing.assert_allclose([b[name] for name in a], list(a.values()), rtol=1e-4)
+    wanted, found = (load_file(one / "adapter" / "adapter_model.safetensors") for one in (expected, run))
+    assert wanted.keys() == found.keys()
+    for name, x in wanted.items():
+        np.testing.assert_allclose(found[name], x, rtol=1e-3, atol=1e-6, err_msg=name)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return runs.make_world(tmp_path_factory.mktemp("processes"))
@@ -75,21 +88,12 @@ def two(world):
 def test_identity_7_two_processes_are_one_through_the_command_line(world, two, capsys):
     """The same metrics and adapter; process 0 alone writes; the checkpoint restores on one device."""
     check_ended(play(world, world.folder / "one", [devices(8)]))
-    one, records = runs.records(world.folder / "one"), runs.records(two)
-    assert [set(r) for r in records] == [set(r) for r in one]
-    for a, b in zip(one, records, strict=True):
-        np.testing.assert_allclose([b[name] for name in a], list(a.values()), rtol=1e-4)
-    expected, found = (
-        load_file(world.folder / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")
-    )
-    assert expected.keys() == found.keys()
-    for name, x in expected.items():
-        np.testing.assert_allclose(found[name], x, rtol=1e-3, atol=1e-6, err_msg=name)
+    check_alike(two, world.folder / "one")
     assert jax.device_count() == 1
     capsys.readouterr()
     runs.call(world, "eval", two)
     evaluated = json.loads(capsys.readouterr().out)
-    assert evaluated["loss"] == pytest.approx(records[-1]["eval/loss"], rel=1e-4)
+    assert evaluated["loss"] == pytest.approx(runs.records(two)[-1]["eval/loss"], rel=1e-4)
     assert not list((two / "heartbeats").iterdir())
 
 
@@ -116,7 +120,7 @@ KILLED = """
 
 def test_one_of_two_processes_hangs_is_asked_to_leave_and_dies(world, two):
     """It is named; both leave after the same round; the other one says what to do. What is left goes on to the bytes
-    of a run to which nothing happened."""
+    of a run to which nothing happened, and on a single device to the same numbers."""
     run, limits = world.folder / "faults", {"FSLORA_WATCHDOG": "2", "FSLORA_HEARTBEAT_TIMEOUT": "20"}
 
     drivers = pair(FAULT.format(what=STOPPED_THEN_ASKED_TO_LEAVE), **limits)
@@ -153,8 +157,15 @@ def test_one_of_two_processes_hangs_is_asked_to_leave_and_dies(world, two):
     assert "was killed" not in alone.stderr
     assert json.loads((run / "heartbeats" / "1").read_text())["round"] in (7, 8)  # written from time to time
 
+    elsewhere = world.folder / "elsewhere"
+    shutil.copytree(run, elsewhere)
     check_ended(play(world, run, pair(), "--distributed"))
     assert runs.results(run) == runs.results(two)
+
+    saved = sorted(path.name for path in (elsewhere / "checkpoints").iterdir())
+    assert saved[-1] != "8", saved
+    check_ended(play(world, elsewhere, [devices(1)], "--mesh.clients", "1", "--mesh.fsdp", "1"))
+    check_alike(elsewhere, two)
 
 
 @pytest.mark.parametrize(
