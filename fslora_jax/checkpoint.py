@@ -119,7 +119,9 @@ class Checkpoints:
         try:
             return self._manager.restore(round, args=_State(like, files))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            reason = "it is not whole" if isinstance(error, KeyError) else _first_line(error)  # orbax finds no item
+            reason = (
+                "it is not whole" if isinstance(error, KeyError) else _first_line(error)
+            )  # orbax finds no item
             raise UserError(
                 f"{self._folder / str(round)}: the checkpoint cannot be read: {reason}; delete this folder to go on "
                 "from the one before"

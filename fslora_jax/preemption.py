@@ -17,14 +17,16 @@ class Preempted(Exception):
 
 
 @contextmanager
-def watching() -> Iterator[Callable[[int], bool]]:
-    """Gives ``due(round)``, which tells after a round whether to save and stop.
+def watching() -> Iterator[Callable[[range], bool]]:
+    """Gives ``due(rounds)``, which tells after these rounds whether to save and stop; it is asked about all in turn.
 
     Among several processes JAX's preemption service has them all stop after the same round, whichever was asked.
     Python takes signals in its main thread alone; elsewhere nobody watches.
     """
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+        reached = multihost_utils.reached_preemption_sync_point
+        # JAX says yes to one number alone, the one after all that any process has asked about: so none is left out.
+        yield lambda rounds: sum(reached(t + 1) for t in rounds) > 0
         return
     if threading.current_thread() is not threading.main_thread():
         yield lambda _: False

@@ -61,7 +61,9 @@ def losing_others() -> Iterator[None]:
         yield
         return
     here = f"process {jax.process_index()} of {jax.process_count()}"
-    with last_words(f"fslora: error: {here} was killed, or ended by JAX, as it is when process 0 dies; {AGAIN}"):
+    with last_words(
+        f"fslora: error: {here} was killed, or ended by JAX, as it is when process 0 dies; {AGAIN}"
+    ):
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
@@ -77,7 +79,9 @@ def losing_others() -> Iterator[None]:
 def last_words(text: str) -> Iterator[None]:
     """Has a shell say on stderr what this process cannot say itself when a signal ends it."""
     shell = ["sh", "-c", 'read -r _ || echo "$0" >&2', text]
-    heir = subprocess.Popen(shell, stdin=subprocess.PIPE, start_new_session=True)  # what ends a group spares it
+    heir = subprocess.Popen(
+        shell, stdin=subprocess.PIPE, start_new_session=True
+    )  # what ends a group spares it
     try:
         yield
     finally:

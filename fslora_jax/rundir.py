@@ -118,6 +118,7 @@ def open_run(run_dir: Path, config: Config) -> Iterator[None]:
             _check_same(run_dir, config)
         else:
             write_atomically(known, dump_config(config))  # first: it makes this a run folder
+            shutil.rmtree(run_dir / START, ignore_errors=True)  # perhaps of another config
             write_atomically(run_dir / MADE_BY, json.dumps(provenance(), indent=1) + "\n")
         yield
 

@@ -13,13 +13,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 
 FOLDER = "heartbeats"
 
-STEPS = ("loading", "compiling", "waiting for data", "training", "evaluating", "saving", "writing results")
+Step = Literal[
+    "loading", "waiting for data", "compiling", "training", "evaluating", "saving", "writing results"
+]
+STEPS: tuple[Step, ...] = get_args(Step)
 """What a process can be at, in the order of a round."""
 
 BEATS = 10
@@ -32,7 +35,7 @@ class Said(NamedTuple):
     host: str
     pid: int
     round: int
-    step: str
+    step: Step
     beats: int
 
 
@@ -94,7 +97,7 @@ def place(heard: Heard) -> tuple[int, int]:
 
 
 @contextmanager
-def watchdog(run_dir: Path, patience: float, lifetime: float) -> Iterator[Callable[[int, str], None]]:
+def watchdog(run_dir: Path, patience: float, lifetime: float) -> Iterator[Callable[[int, Step], None]]:
     """Gives ``at(round, step)``, with which a process says where it is; alone, it need not.
 
     A thread complains on stderr, once for each thing that is wrong: when nothing has moved for ``patience`` seconds, or
@@ -107,7 +110,7 @@ def watchdog(run_dir: Path, patience: float, lifetime: float) -> Iterator[Callab
     here = Said(socket.gethostname(), os.getpid(), 0, STEPS[0], 0)
     over = threading.Event()
 
-    def at(round: int, step: str) -> None:
+    def at(round: int, step: Step) -> None:
         nonlocal here
         here = here._replace(round=round, step=step)
 

@@ -6,11 +6,14 @@ cd "$(dirname "$0")/.."
 bin=$PWD/${VENV:-.venv}/bin
 say() { printf '\n== %s\n' "$*"; }
 
-# The report's page is tested in a browser, where there is one or it can be had.
-browser() {
-  command -v chromium && return
-  [ "$(id -u)" = 0 ] && command -v apt-get && timeout 300 apt-get update &&
-    DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y --no-install-recommends chromium
+# A browser for the report's page and a SLURM for its scripts, where there are any or they can be had.
+debian_packages() {
+  command -v chromium && PATH=$PATH:/usr/sbin command -v slurmctld && return
+  [ "$(id -u)" = 0 ] && command -v apt-get && timeout 300 apt-get update || return
+  for packages in chromium "munge slurmctld slurmd slurm-client"; do
+    # shellcheck disable=SC2086
+    DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y --no-install-recommends $packages
+  done
 }
 static_checks() {
   say format and lint
@@ -24,10 +27,10 @@ static_checks() {
 work=$(mktemp -d)
 trap 'rm -rf "$work"; kill $(jobs -p) 2>/dev/null || true' EXIT
 
-browser >/dev/null 2>&1 &
-browser=$!
+debian_packages >/dev/null 2>&1 &
+packages=$!
 launch/setup.sh test
-wait "$browser" || echo "no Chromium: the tests of the page in a browser are skipped"
+wait "$packages" || echo "no Chromium or no SLURM: the tests that need them are skipped"
 
 # The checks that use one core go on beside the run.
 static_checks >"$work/checks" 2>&1 &

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import runs
@@ -14,6 +15,10 @@ from test_bad_input import refusal
 
 from fslora_jax.adapters.read import read_adapter
 from fslora_jax.adapters.schema import CONFIG, WEIGHTS
+from fslora_jax.config import make_config
+from fslora_jax.federation.client import train_clients
+from fslora_jax.federation.setup import initial_server, set_up
+from fslora_jax.rundir import keep_start, open_run, own_start
 
 pytestmark = pytest.mark.usefixtures("no_figures", "programs_kept")
 
@@ -171,3 +176,29 @@ def test_an_adapter_of_another_base_is_refused_and_both_are_named(world, mixed, 
     config = runs.write_config(tmp_path / "config.yaml", world, **start_from(tmp_path / "other"))
     message = refusal(world, capsys, "train", config, "--run-dir", tmp_path / "run")
     assert f"adapts some/other-model, but model.name is {world.model}" in message
+
+
+def test_another_start_of_a_run_that_had_not_begun_is_its_own(world, mixed, finished, tmp_path):
+    """What an attempt of another config has copied before it ended is not what this one says."""
+    run = tmp_path / "run"
+    for folder in (mixed, finished):
+        config = make_config(runs.settings(world, lora__init_from=str(folder / "adapter")), "test")
+        with open_run(run, config):
+            keep_start(run, config)
+            kept = Path(own_start(run, config).lora.init_from)
+    assert kept.parent == run
+    assert (kept / "adapter_config.json").read_bytes() == (
+        finished / "adapter" / "adapter_config.json"
+    ).read_bytes()
+
+
+def test_clients_that_would_fail_are_exported_as_if_they_did_not(world):
+    """What is exported is what `eval --personalised` scores: a client's adapter after all of its steps."""
+    held = []
+    for rate in (0.0, 0.6):
+        config = make_config(runs.settings(world, federation__failure_rate=rate), "test")
+        federation = set_up(config)
+        server = initial_server(config, federation)
+        assert federation.steps.done(5, 0).all() == (rate == 0)
+        held.append([local for _, local in train_clients(config, federation, server, range(5))])
+    jax.tree.map(np.testing.assert_array_equal, *held)

@@ -80,7 +80,7 @@ def test_several_processes_that_are_asked_to_stop_have_saved_when_the_script_end
     stand_in = tmp_path / "fslora"
     stand_in.write_text(
         "#!/usr/bin/env bash\n"
-        f'trap \'sleep 1; touch "{tmp_path}/saved $JAX_PROCESS_ID"; exit 143\' TERM\n'
+        f"trap 'sleep 1; touch \"{tmp_path}/saved $JAX_PROCESS_ID\"; exit 143' TERM\n"
         f'touch "{tmp_path}/here $JAX_PROCESS_ID"\n'
         "while :; do sleep 0.1; done\n"
     )

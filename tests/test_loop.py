@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -321,3 +322,31 @@ def test_texts_in_pairs_and_a_test_file_of_its_own(world, tmp_path):
     assert federation.task.test.batches.weights.sum() == 8
     assert federation.task.test.batches.types.max() == 1
     np.testing.assert_array_equal(federation.task.population.labels[:4], [0, 1, 0, 1])
+
+
+LEAVES = {
+    "client_optimizer": {"name": "sgd", "learning_rate": 1e4},
+    "server_optimizer": {"learning_rate": 3e38},
+    "federation__local_steps": 1,
+    "evaluate_every": 30,
+    "federation__num_rounds": 30,
+    "lora__lora_dropout": 0.0,
+}
+"""The first step of the server leaves float32; the losses of its round are of before."""
+
+
+def test_weights_that_left_the_finite_numbers_are_not_saved(world, tmp_path, capsys):
+    config = runs.write_config(tmp_path / "c.yaml", world, **LEAVES, checkpoint_every=1)
+    said = runs.mistake(world, capsys, "train", config, "--run-dir", tmp_path / "run")
+    assert "round 1: the server's weights are not finite; lower client_optimizer.learning_rate" in said
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("call", [1, 4])
+def test_the_rounds_before_one_that_diverges_are_recorded(world, tmp_path, capsys, call):
+    changes = {**LEAVES, "checkpoint_every": 30, "federation__rounds_per_call": call}
+    config = runs.write_config(tmp_path / "c.yaml", world, **changes)
+    said = runs.mistake(world, capsys, "train", config, "--run-dir", tmp_path / "run")
+    assert re.search(r"round 2: client \d+: loss nan at local step 1", said)
+    for name, expected in (("metrics.jsonl", [0, 1]), ("timings.jsonl", [1])):
+        assert [record["round"] for record in runs.records(tmp_path / "run", name)] == expected

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import peft
 import pytest
@@ -12,7 +13,9 @@ import torch
 import transformers
 from test_bad_input import refusal
 
+from fslora_jax.config import make_config
 from fslora_jax.federation.meter import Meter
+from fslora_jax.federation.setup import initial_server, set_up
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
@@ -157,3 +160,18 @@ def test_a_method_that_starts_afresh_goes_on_from_an_adapter(world, finished, tm
     }
     first = runs.records(runs.train(world, tmp_path / "run", **options))[0]
     assert first["eval/loss"] == pytest.approx(runs.records(finished)[-1]["eval/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_fed_sb_starts_from_first_minibatches_of_any_length(world, seed):
+    """They are not dealt by length as those of a round are, and may need more rows."""
+    changes = {
+        **changes_of("fed_sb"),
+        "federation__sketching_ratios": [1.0],
+        "federation__local_steps": 10,
+        "seed": seed,
+    }
+    config = make_config(runs.settings(world, **changes), "test")
+    federation = set_up(config)
+    server = initial_server(config, federation)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(server.weights))

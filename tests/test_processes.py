@@ -168,9 +168,32 @@ def test_one_of_two_processes_hangs_is_asked_to_leave_and_dies(world, two):
     check_alike(elsewhere, two)
 
 
+NO_DISK = """
+from fslora_jax.errors import UserError
+from fslora_jax.federation import running
+def refuse(*_):
+    raise UserError("loggers: no space")
+running.open_loggers = refuse
+"""
+
+
+def test_what_the_leader_alone_opens_ends_all_where_it_fails(world):
+    said = play(
+        world, world.folder / "refused", pair(NO_DISK, FSLORA_HEARTBEAT_TIMEOUT="20"), "--distributed"
+    )
+    assert [done.returncode for done in said] == [2, 2], said
+    assert "fslora: error: loggers: no space" in said[0].stderr
+    assert "fslora: error: process 0 could not go on; its message says why" in said[1].stderr
+
+
 @pytest.mark.parametrize(
     ("end", "spoken"),
-    [("pass", ""), ("raise SystemExit(3)", ""), ("os.abort()", "lost\n"), ("os.kill(os.getpid(), 9)", "lost\n")],
+    [
+        ("pass", ""),
+        ("raise SystemExit(3)", ""),
+        ("os.abort()", "lost\n"),
+        ("os.kill(os.getpid(), 9)", "lost\n"),
+    ],
 )
 def test_who_ends_without_a_word_has_left_one(end, spoken):
     code = f"import os\nfrom fslora_jax.processes import last_words\nwith last_words('lost'):\n    {end}"

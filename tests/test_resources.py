@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fslora_jax.config import Config, DataConfig, FederationConfig, ModelConfig, make_config
 from fslora_jax.errors import UserError
 from fslora_jax.federation.calls import cohort_of
-from fslora_jax.federation.feed import counted_steps
+from fslora_jax.federation.feed import counted_steps, round_seconds
+from fslora_jax.federation.meter import head_values
 from fslora_jax.federation.resources import (
     client_ranks,
     demand_of,
@@ -22,6 +23,7 @@ from fslora_jax.federation.resources import (
     training_flops,
 )
 from fslora_jax.federation.setup import set_up
+from fslora_jax.methods import Client
 
 pytestmark = pytest.mark.usefixtures("programs_kept")
 
@@ -111,8 +113,31 @@ def test_the_clock_counts_operations_and_bits(unequal):
         drawn = 2 * 2 * k * (k < 8)  # who gets all is not told which
         down, up = 4 * (values + head + drawn), 4 * (values + head)
         seconds = 8 * (down / device.down_mbps + up / device.up_mbps) / 1e6 + 2 * flops / device.gflops / 1e9
-        found = population.clock.seconds(np.array([client]), np.array([2]))[0]
+        found = population.clock.seconds(0, *np.array([[client], [k], [2]]))[0]
         assert found == pytest.approx(seconds, rel=1e-6)
+
+
+def test_who_downloads_what_all_send_waits_for_it(world):
+    """FLoRA's clients get the factors of the whole cohort: on the clock as in the record of bytes."""
+    of_a_byte = {
+        "memory_gb": 1.0,
+        "gflops": 1e9,
+        "down_mbps": 8e-6,
+        "up_mbps": 8e9,
+    }  # a second down, nothing else
+    config = make_config(
+        runs.settings(
+            world, federation__method="flora", federation__devices={"one": of_a_byte}, server_optimizer={}
+        ),
+        "test",
+    )
+    federation = set_up(config)
+    population, ids = federation.task.population, federation.cohort(0)
+    clients = Client(ids, population.ranks[ids], np.ones(len(ids)))
+    counted = federation.method.traffic(0, clients, head_values(federation)).down
+    seconds = round_seconds(population, federation.steps, ids, 0)
+    assert seconds == pytest.approx(counted.max(), rel=1e-3)
+    assert seconds > 4 * 4 * (16 + 16) * clients.k.sum()
 
 
 def test_a_client_that_trains_alone_keeps_its_k_and_its_clock(unequal):
@@ -125,7 +150,7 @@ def test_a_client_that_trains_alone_keeps_its_k_and_its_clock(unequal):
         )
         k, clock = resources(alone, federation.task.model, lengths.mean(), np.square(lengths).mean())
         assert k.tolist() == [ranks[only]]
-        assert [x.tolist() for x in clock] == [[x[only]] for x in times]
+        assert [x.tolist() for x in clock[1:]] == [[x[only]] for x in times[1:]]
 
 
 def test_operations_of_a_step_by_hand():
@@ -145,7 +170,7 @@ def test_the_first_reports_count_and_the_others_weigh_nothing(unequal):
     for t in range(20):
         ids = federation.cohort(t)
         done, counted = steps.done(12, t)[ids], counted_steps(population, steps, ids, t)
-        seconds = population.clock.seconds(ids, done)
+        seconds = population.clock.seconds(t, ids, population.ranks[ids], done)
         first = sorted((second, i) for i, second in enumerate(seconds) if done[i])[:4]
         assert np.flatnonzero(counted).tolist() == sorted(i for _, i in first)
         assert (counted[counted > 0] == done[counted > 0]).all()
@@ -166,7 +191,9 @@ def test_a_run_keeps_simulated_time_and_goes_on_with_it(world, unequal, tmp_path
     for record in runs.records(run)[1:]:
         ids = federation.cohort(record["round"] - 1)
         counted = counted_steps(population, federation.steps, ids, record["round"] - 1)
-        total += population.clock.seconds(ids, counted)[counted > 0].max()
+        total += population.clock.seconds(record["round"] - 1, ids, population.ranks[ids], counted)[
+            counted > 0
+        ].max()
         assert record["clock/simulated_seconds"] == pytest.approx(total)
         assert record["clients/reported"] == (counted > 0).sum()
     assert (run / "figures" / "clock.png").is_file()

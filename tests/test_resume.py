@@ -14,6 +14,7 @@ import pytest
 import runs
 from forked import Forked
 
+from fslora_jax import preemption
 from fslora_jax.federation import summary
 
 pytestmark = pytest.mark.usefixtures("programs_kept")
@@ -229,3 +230,15 @@ def test_sigterm_saves_the_round_and_exits_to_be_restarted(world, finished, tmp_
     assert "Traceback" not in stopped.stderr
     runs.call(world, *arguments(world, run))
     assert runs.results(run) == runs.results(finished)
+
+
+def test_several_processes_are_asked_about_every_round_of_a_call(monkeypatch):
+    """JAX names one round to stop at, which may lie within a call."""
+    asked = []
+    monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        preemption.multihost_utils, "reached_preemption_sync_point", lambda t: asked.append(t) or t == 7
+    )
+    with preemption.watching() as due:
+        assert [due(range(start, start + 5)) for start in (0, 5, 10)] == [False, True, False]
+    assert asked == list(range(1, 16))

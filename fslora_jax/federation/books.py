@@ -15,8 +15,9 @@ from fslora_jax.federation.round import Cohort
 from fslora_jax.federation.running import Running
 from fslora_jax.federation.together import parted, parted_here
 from fslora_jax.methods import Server
+from fslora_jax.watchdog import Step
 
-At = Callable[[int, str], None]
+At = Callable[[int, Step], None]
 """Hears of what is done now: the round, and the step."""
 
 AHEAD_SECONDS = 1.0
@@ -107,7 +108,7 @@ class Books:
         passes, rounds = federation.steps.passes, given.call.rounds
         count = len(runs) * len(rounds)
         speed = speed_of(given.cohort, passes, config.clients_per_round, self._seconds, given.waited, count)
-        for one in going(runs):
+        for one in runs:
             one.write(speed)
         for one in going(runs)[:1]:
             self._display.round(rounds.stop, config.federation.num_rounds, one.told)

@@ -36,12 +36,14 @@ def train_clients(
 ) -> Iterator[tuple[int, Local]]:
     """Each client's adapter and head after the local steps of round ``server.round``, one after another.
 
-    They draw the sketches and the batches that the compiled round would give them. There is one program for each k.
+    They draw the sketches and the batches that the compiled round would give them, and do all local steps, whatever the
+    config says of slow and failing clients. There is one program for each k.
 
     Raises:
       UserError: there is no such client.
     """
-    population, steps, method = federation.task.population, federation.steps, federation.method
+    population, method = federation.task.population, federation.method
+    steps = federation.steps.undisturbed()
     for client in clients:
         if not 0 <= client < len(population.ranks):
             raise UserError(f"client {client}: expected one of 0 to {len(population.ranks) - 1}")

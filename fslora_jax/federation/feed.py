@@ -55,6 +55,10 @@ class Steps(NamedTuple):
     row_multiple: int = 1
     passes: Passes | None = None
 
+    def undisturbed(self) -> "Steps":
+        """The same where nobody is slow or fails."""
+        return self._replace(min_local_steps=None, failure_rate=0.0, wanted=None)
+
     def done(self, num_clients: int, round: int) -> Int[np.ndarray, " clients"]:
         """The steps that each client of the population would do in a round."""
         return steps_done(
@@ -71,7 +75,9 @@ def counted_steps(population: Population, steps: Steps, ids: Ids, round: int) ->
     """The steps of each client of a cohort that reach the server: 0 for one that fails, or reports too late."""
     done = steps.done(len(population.ranks), round)[ids]
     if population.clock is not None and steps.wanted is not None:
-        seconds = np.where(done > 0, population.clock.seconds(ids, done), np.inf)
+        seconds = np.where(
+            done > 0, population.clock.seconds(round, ids, population.ranks[ids], done), np.inf
+        )
         done[np.argsort(seconds, kind="stable")[steps.wanted :]] = 0
     return done
 
@@ -79,7 +85,10 @@ def counted_steps(population: Population, steps: Steps, ids: Ids, round: int) ->
 def round_seconds(population: Population, steps: Steps, ids: Ids, round: int) -> float:
     """Simulated seconds of a round: those of the last client whose report counts."""
     done = counted_steps(population, steps, ids, round)
-    return float(population.clock.seconds(ids, done)[done > 0].max(initial=0.0)) if population.clock else 0.0
+    if population.clock is None:
+        return 0.0
+    seconds = population.clock.seconds(round, ids, population.ranks[ids], done)
+    return float(seconds[done > 0].max(initial=0.0))
 
 
 def local_examples(

@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
-from itertools import chain, groupby, zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,25 +123,24 @@ def train(runs: Sequence[Running], display: Display, at: At) -> float:
     with ExitStack() as stack:
         stop_is_due = stack.enter_context(watching())
         arrays = stack.enter_context(closing(fed(runs, calls_of(config, done), at)))
-        display.stage(f"compiling the round{f' of {count} runs' if count > 1 else ''}")
-        first = next(arrays)
-        at(done, "compiling")
-        programs = Programs(config, federation, count)
-        server, constants = joined([one.server for one in runs]), joined([one.constants for one in runs])
-        server = jax.tree.map(jnp.copy, server)  # calls replace it, and parts of it may be held elsewhere
-        programs.of(server, constants, joined(remembered(runs, first.cohorts)))
         if not done:
             display.stage("evaluating the start")
             at(0, "evaluating")
             begin(runs)
+        display.stage(f"compiling the round{f' of {count} runs' if count > 1 else ''}")
+        at(done, "compiling")
+        programs = Programs(config, federation, count)
+        server, constants = joined([one.server for one in runs]), joined([one.constants for one in runs])
+        server = jax.tree.map(jnp.copy, server)  # calls replace it, and parts of it may be held elsewhere
         books, unseen = Books(runs, display, at), None
-        for call, cohorts, waited in chain([first], arrays):
+        for call, cohorts, waited in arrays:
             if not going(runs):
                 break
             rounds = call.rounds
             idle = unseen is None or unseen.has_ended()
-            cohort, started = joined(remembered(runs, cohorts)), time.perf_counter()
-            step = programs.of(server, constants, cohort)
+            cohort = joined(remembered(runs, cohorts))
+            at(rounds.start + 1, "compiling")
+            step, started = programs.of(server, constants, cohort), time.perf_counter()
             at(rounds.start + 1, "training")
             with jax.transfer_guard("disallow"):
                 server, played = step(programs.base, server, constants, cohort)
@@ -153,13 +152,13 @@ def train(runs: Sequence[Running], display: Display, at: At) -> float:
             held = books.due(call)
             if held:
                 books.settle(given, server)
-            stopping = stop_is_due(rounds.stop) and rounds.stop < num_rounds
+            stopping = stop_is_due(rounds) and rounds.stop < num_rounds
             if stopping and not held:
                 books.settle(given, server)
             unseen = None if held or stopping else given
             if unseen is None:
                 books.save(call, stopping=stopping)
-            if stopping:
+            if stopping and going(runs):
                 raise Preempted(
                     f"{runs[0].run_dir}: stopped after round {rounds.stop} of {num_rounds}, which is saved"
                 )

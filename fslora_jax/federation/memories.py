@@ -13,6 +13,9 @@ from fslora_jax.federation.round import Cohort
 
 KNOWN = "known.npy"
 
+COPIED = 2**26
+"""Bytes that are copied at a time."""
+
 
 class Memories:
     """One file a leaf, ``(clients, ...)``; a client that never took part has ``first`` and takes no space."""
@@ -44,20 +47,30 @@ class Memories:
         self._known[ids[real]] = True
 
     def save(self, folder: Path) -> None:
-        """Copies the files into a new folder."""
-        for stored in (*self._stored, self._known):
-            stored.flush()
-        shutil.copytree(self._folder, folder)
+        """Copies the store into a new folder."""
+        Memories(folder, self._first, self._count)._take(self)
 
     def load(self, folder: Path) -> None:
         """Takes over a folder that was saved.
 
         Raises:
-          ValueError: it holds something else.
+          OSError, ValueError: it holds something else, and nothing was taken over.
         """
-        shutil.rmtree(self._folder)
-        shutil.copytree(folder, self._folder)
+        saved = Memories(folder, self._first, self._count, saved=True)
+        self._make()
         self._open("r+")
+        self._take(saved)
+
+    def _take(self, other: "Memories") -> None:
+        """Takes over what is known in another store; the holes of its files stay holes, so that they take no space."""
+        known = np.flatnonzero(other._known)
+        size = sum(stored[:1].nbytes for stored in other._stored)
+        for ids in np.array_split(known, len(known) * size // COPIED + 1):
+            for mine, theirs in zip(self._stored, other._stored, strict=True):
+                mine[ids] = theirs[ids]
+        self._known[known] = True
+        for stored in (*self._stored, self._known):
+            stored.flush()
 
     def _make(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)

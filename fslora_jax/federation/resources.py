@@ -14,7 +14,7 @@ from fslora_jax.clients_config import DeviceConfig
 from fslora_jax.config import Config
 from fslora_jax.errors import UserError
 from fslora_jax.federation.method import make_method
-from fslora_jax.methods import Client
+from fslora_jax.methods import Client, Traffic
 from fslora_jax.models import Model
 from fslora_jax.random import Purpose, host_rng
 
@@ -22,25 +22,42 @@ STATES = {"sgd": 0, "adamw": 2}
 
 
 class Clock(NamedTuple):
-    """Simulated seconds of each client: of what it receives and sends in a round, and of one local step."""
+    """Simulated seconds of each client: of a byte that it receives or sends, and of one local step.
 
-    traffic: Float[np.ndarray, " clients"]
+    ``traffic`` gives the bytes of a round, ``(round, ids, ranks) -> Traffic``; a client's may depend on the others.
+    """
+
+    traffic: Callable[..., Traffic]
+    down: Float[np.ndarray, " clients"]
+    up: Float[np.ndarray, " clients"]
     step: Float[np.ndarray, " clients"]
 
     def seconds(
-        self, ids: Int[np.ndarray, " cohort"], steps: Int[np.ndarray, " cohort"]
+        self,
+        round: int,
+        ids: Int[np.ndarray, " cohort"],
+        ranks: Int[np.ndarray, " cohort"],
+        steps: Int[np.ndarray, " cohort"],
     ) -> Float[np.ndarray, " cohort"]:
-        """From the download to the report, of clients that do so many local steps.
+        """From the download to the report, of a whole cohort whose clients do so many local steps.
 
-        >>> Clock(np.array([1.0, 2.0]), np.array([0.5, 1.0])).seconds(np.array([1]), np.array([3])).tolist()
-        [5.0]
+        >>> of_two = np.array([[0.125, 0.25], [0.25, 0.5], [0.5, 1.0]])
+        >>> clock = Clock(lambda t, ids, ks: Traffic(8 * ks, 8 * ks), *of_two)
+        >>> clock.seconds(0, np.array([1]), np.array([2]), np.array([3])).tolist()
+        [15.0]
         """
-        return self.traffic[ids] + self.step[ids] * steps
+        sent = self.traffic(round, ids, ranks)
+        return sent.down * self.down[ids] + sent.up * self.up[ids] + self.step[ids] * steps
 
 
 class Demand(NamedTuple):
-    """What a client of rank k needs: bytes of memory, seconds of traffic and of a local step on a device."""
+    """What a client of rank k needs: bytes of memory, seconds of traffic and of a local step on a device.
 
+    ``sent`` are the bytes of a round, as in `Clock`. Where they depend on the others, ``traffic`` is that of a cohort
+    of rank k.
+    """
+
+    sent: Callable[..., Traffic]
     memory: Callable[[int], int]
     traffic: Callable[[DeviceConfig, int], float]
     step: Callable[[DeviceConfig, int], float]
@@ -68,10 +85,10 @@ def resources(
     else:
         ranks = client_ranks(config)
     pairs, which = np.unique(np.stack([kinds, ranks]), axis=1, return_inverse=True)
-    times = np.array(
-        [(demand.traffic(devices[d], k), demand.step(devices[d], k)) for d, k in pairs.T.tolist()]
-    )
-    return ranks[who], Clock(*times[which[who]].T)
+    step = np.array([demand.step(devices[d], k) for d, k in pairs.T.tolist()])[which]
+    of_a_byte = np.array([(8e-6 / device.down_mbps, 8e-6 / device.up_mbps) for device in devices])
+    down, up = of_a_byte[kinds[who]].T
+    return ranks[who], Clock(demand.sent, down, up, step[who])
 
 
 def device_kinds(config: Config) -> tuple[list[str], Int[np.ndarray, " clients"]]:
@@ -103,8 +120,12 @@ def demand_of(config: Config, model: Model, tokens: float, squares: float) -> De
         found = memory.estimate(model, spec, plan._replace(ranks=(k,)))
         return found.total - found.server
 
+    def sent(round: int, ids: np.ndarray, ranks: np.ndarray) -> Traffic:
+        return method.traffic(round, Client._make((ids, ranks, np.ones(len(ids)), {})), head)
+
     def seconds_of_traffic(device: DeviceConfig, k: int) -> float:
-        down, up = method.traffic(0, Client(*jax.tree.map(np.atleast_1d, (0, k, 1.0))), head)
+        n = config.clients_per_round
+        down, up = sent(0, np.arange(n), np.full(n, k))
         return 8e-6 * float(down[0] / device.down_mbps + up[0] / device.up_mbps)
 
     def seconds_of_step(device: DeviceConfig, k: int) -> float:
@@ -112,7 +133,7 @@ def demand_of(config: Config, model: Model, tokens: float, squares: float) -> De
         flops = training_flops(model, values, f.batch_size * tokens, f.batch_size * squares)
         return float(flops) / (1e9 * device.gflops)
 
-    return Demand(bytes_of, seconds_of_traffic, seconds_of_step)
+    return Demand(sent, bytes_of, seconds_of_traffic, seconds_of_step)
 
 
 def largest_rank(config: Config, name: str, demand: Demand) -> int:

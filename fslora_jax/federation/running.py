@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from fslora_jax.checkpoint import Checkpoints
 from fslora_jax.config import Config
@@ -27,7 +29,7 @@ from fslora_jax.federation.setup import (
     run_constants,
 )
 from fslora_jax.log import JsonLines, Logger, open_loggers, read_records
-from fslora_jax.processes import leads
+from fslora_jax.processes import leader_first
 from fslora_jax.rundir import MEMORIES, METRICS
 from fslora_jax.sharding import over_clients
 from fslora_jax.types import Batch, Score
@@ -57,18 +59,24 @@ class Running:
         self.constants = run_constants(config, federation.mesh)
         self.failure: Diverged | None = None
         self.told: dict[str, Any] = {}
-        self._records: list[dict[str, Any]] = [{"round": 0}]
+        self._records: list[dict[str, Any]] = []
         first = initial_server(config, federation)
         self._memories = open_memories(config, federation, first, run_dir / MEMORIES)
         self._checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
         self.done, self.server = self._checkpoints.resume(first, self._memories, tell)
         kept = self.done or -1  # without a checkpoint the evaluation of the start is done again, too
-        self._loggers = open_loggers(config.loggers, run_dir, kept) if leads() else []
-        self._clocks: list[Logger] = [JsonLines(run_dir / "timings.jsonl", kept)] if leads() else []
+        self._loggers: list[Logger] = []
+        self._clocks: list[Logger] = []
+        leader_first(partial(self._open, kept))
         self._meter = Meter(federation, last_record(run_dir, self.done))
         self._private = privacy_record(config, federation.method)
         self._evaluation = evaluation
         self._test = jax.device_put(federation.task.test.batches, over_clients(federation.mesh))
+
+    def _open(self, kept: int) -> None:
+        """Opens what is written to, with the records of the rounds that are ``kept``."""
+        self._loggers = open_loggers(self.config.loggers, self.run_dir, kept)
+        self._clocks = [JsonLines(self.run_dir / "timings.jsonl", kept)]
 
     def remembering(self, cohort: Cohort) -> Cohort:
         """A cohort whose clients know what they remember; only after the round before."""
@@ -82,18 +90,19 @@ class Running:
     def take(self, rounds: range, seen: Seen, memory: dict[str, PyTree]) -> None:
         """Takes over what some rounds left, but the server."""
         self.done = rounds.stop
-        try:
-            parts = by_round(rounds, seen)
-            self._records = [{"round": t + 1, **self._meter.measure(t, part)} for t, part in parts]
-        except Diverged as error:
-            self.failure = error
-            return
+        for t, part in by_round(rounds, seen):
+            try:
+                self._records.append({"round": t + 1, **self._meter.measure(t, part)})
+            except Diverged as error:
+                self.failure = error
+                return
         if self._memories is not None:
             self._memories.scatter(np.asarray(seen.clients.id), memory)
 
     def begin(self, twin: "Running") -> None:
         """Evaluates the start, or takes over what a ``twin`` found, which starts from the same weights."""
         if twin is self:
+            self._records = [{"round": 0}]
             self.evaluate()
         else:
             self._records, self.failure = [dict(record) for record in twin._records], twin.failure
@@ -108,20 +117,29 @@ class Running:
                 f"round {self.done}: loss {found['loss']} on the held-out examples; lower "
                 "client_optimizer.learning_rate, or look at the model's weights; the last checkpoint is kept"
             )
+            self._records.pop()
+            return
         self._records[-1] |= {f"eval/{name}": value for name, value in found.items()}
         self._records[-1] |= self._private(self.done) if self.done else {}
 
     def write(self, speed: dict[str, float] | None = None) -> None:
-        """Writes the newest records, of rounds with what the clock says of each."""
+        """Writes the records that are not written yet, of rounds with what the clock says of each."""
         for record in self._records:
             for logger in self._loggers:
                 logger.write(record)
             for clock in self._clocks if speed else []:
                 clock.write({"round": record["round"], **(speed or {})})
             self.told = record | (speed or {})
+        self._records = []
 
     def save(self) -> None:
-        """A checkpoint."""
+        """A checkpoint, unless the last local steps left the finite numbers, of which there is no loss yet."""
+        if not all_finite(self.server.weights):
+            self.failure = Diverged(
+                f"round {self.done}: the server's weights are not finite; lower client_optimizer.learning_rate, or set "
+                "client_optimizer.max_grad_norm; the last checkpoint is kept"
+            )
+            return
         self._checkpoints.save(self.done, self.server, self._memories)
 
     def close(self) -> None:
@@ -129,6 +147,12 @@ class Running:
         with ExitStack() as stack:
             for opened in (*self._loggers, *self._clocks, self._checkpoints):
                 stack.callback(opened.close)
+
+
+@jax.jit
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether there is no NaN and no infinity."""
+    return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
 def last_record(run_dir: Path, done: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from fslora_jax import hub
 from fslora_jax.adapters.spec import model_spec
 from fslora_jax.backend import split_cpu
 from fslora_jax.config import Config
-from fslora_jax.data.batches import BatchShape, make_batch
+from fslora_jax.data.batches import BatchShape, make_batch, shape_for
 from fslora_jax.data.held_out import HeldOut
 from fslora_jax.data.tasks import TASKS
 from fslora_jax.federation.cohort import Layout, plan_layout, sample_cohort
@@ -229,10 +229,7 @@ def run_constants(config: Config, mesh: Mesh | None) -> Constants:
 
 def kernel_gradient(federation: Federation, server: Server) -> dict[str, Array]:
     """The mean over all clients of the loss's gradient at the adapted kernels, on each one's first minibatch."""
-    task, steps = (
-        federation.task,
-        federation.steps._replace(local_steps=1, min_local_steps=None, failure_rate=0.0),
-    )
+    task, steps = federation.task, federation.steps.undisturbed()._replace(local_steps=1)
     held = jax.tree.map(lambda x: x[None], whole(federation.spec, federation.method.adapter(server)))
     nothing = {m: jnp.zeros((t.layers, t.i, t.o)) for m, t in federation.spec.targets.items()}
 
@@ -243,11 +240,12 @@ def kernel_gradient(federation: Federation, server: Server) -> dict[str, Array]:
 
     add = jax.jit(lambda total, *given: jax.tree.map(jnp.add, total, jax.grad(loss)(nothing, *given)))
     total, population = nothing, task.population
-    for client in range(len(population.ranks)):
-        chosen = local_examples(population, steps, np.array(client), 0)[0]
-        batch = make_batch(population.store, population.labels, chosen, federation.shape, steps.packing)
+    first = local_examples(population, steps, np.arange(len(population.ranks)), 0)[:, 0]
+    shape = shape_for(population.store, first, steps.row_length, steps.packing)
+    for chosen in first:
+        batch = make_batch(population.store, population.labels, chosen, shape, steps.packing)
         total = add(total, task.base, batch)
-    return jax.tree.map(lambda x: x / len(population.ranks), total)
+    return jax.tree.map(lambda x: x / len(first), total)
 
 
 def global_model(federation: Federation, server: Server) -> tuple[PyTree, Trainable]:
