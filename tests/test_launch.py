@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -141,11 +142,26 @@ def test_every_worker_of_a_slice_runs_the_same_command(call):
         assert f"set {missing}" in said
 
 
+def test_the_job_of_the_set_is_one_that_kubernetes_knows():
+    """By Kubernetes' own schema, which has no JobSet, but the Job that it makes."""
+    job = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())["spec"]["replicatedJobs"][0]["template"]
+    whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "slice"}, **job}
+    kubernetes_validate.validate(whole, kubernetes_validate.latest_version(), strict=True)
+    pod = whole["spec"]["template"]["spec"]
+    pod["terminationGrace"] = pod.pop("terminationGracePeriodSeconds")
+    with pytest.raises(kubernetes_validate.ValidationError, match="terminationGrace"):
+        kubernetes_validate.validate(whole, kubernetes_validate.latest_version(), strict=True)
+
+
 def test_manifests_name_hosts_once_and_commands_that_exist():
     jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     container = job["template"]["spec"]["containers"][0]
     assert (jobset["kind"], job["parallelism"], job["backoffLimit"]) == ("JobSet", job["completions"], 0)
+    (mistake,), (policy,) = job["podFailurePolicy"]["rules"], jobset["spec"]["failurePolicy"]["rules"]
+    assert (mistake["action"], mistake["onExitCodes"]["containerName"]) == ("FailJob", container["name"])
+    assert (policy["action"], policy["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert not {EXIT_CODE, LOST_CODE} & set(mistake["onExitCodes"]["values"])
     assert container["command"][0] == "fslora"
     assert (LAUNCH.parent / container["command"][2]).is_file()
     mounted, volumes = container["volumeMounts"][0]["name"], job["template"]["spec"]["volumes"]

@@ -80,6 +80,7 @@ def test_weak_and_strong_scaling(config):
         "weak, two processes": 8,
     }
     assert {(p.devices, p.processes) for p in found.values()} == {(2, 1), (2, 2)}
+    assert {p.processes for p in points("devices", config, 4).values()} == {1, 2, 4}
     assert list(points("devices", config, 1)) == ["strong", "weak"]
     assert points("devices", config, 2)["weak"].config.federation.cohort_chunks == 1
 

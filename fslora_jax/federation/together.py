@@ -48,15 +48,16 @@ def alike(configs: Sequence[Config], federations: Sequence[Federation]) -> list[
         return list(federations)
     caps = tuple(map(max, zip(*(f.layout.caps for f in federations), strict=True)))
     row_length = max(f.steps.row_length for f in federations)
-    aligned = [
-        f._replace(layout=f.layout._replace(caps=caps), steps=f.steps._replace(row_length=row_length))
-        for f in federations
-    ]
     config = configs[0]
-    rounds = planned_rounds(aligned[0].steps, config.federation.num_rounds, config.clients_per_round)
-    shapes = [plan_shape(f.task.population, f.steps, f.cohort, rounds) for f in aligned]
+    rounds = planned_rounds(federations[0].steps, config.federation.num_rounds, config.clients_per_round)
+    # Runs that differ in their rates alone are one federation, laid out once.
+    aligned = {
+        id(f): f._replace(layout=f.layout._replace(caps=caps), steps=f.steps._replace(row_length=row_length))
+        for f in federations
+    }
+    shapes = [plan_shape(f.task.population, f.steps, f.cohort, rounds) for f in aligned.values()]
     shape = BatchShape(*map(max, zip(*shapes, strict=True)))
-    return [f._replace(shape=shape) for f in aligned]
+    return [aligned[id(f)]._replace(shape=shape) for f in federations]
 
 
 def cohorts_together(

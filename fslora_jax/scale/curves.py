@@ -86,14 +86,17 @@ def by_length(config: Config, length: int) -> list[Point]:
 
 
 def by_devices(config: Config, devices: int) -> list[Point]:
-    """The config's clients on more devices, and as many on each; also with the devices in two processes."""
+    """The config's clients on more devices, and as many on each; also with the devices in two or four processes."""
     clients = config.clients_per_round
     spread = partial(changed, mesh={"clients": -1, "fsdp": 1, "tensor": 1, "cpu_devices": None})
     lines = {"strong": clients, "weak": clients * devices}
     alone = [Point(n, devices, spread(of_clients(config, c, devices)), devices) for n, c in lines.items()]
-    if devices % 2:
-        return alone
-    return alone + [p._replace(line=f"{p.line}, two processes", processes=2) for p in alone]
+    return alone + [
+        point._replace(line=f"{point.line}, {name} processes", processes=count)
+        for name, count in {"two": 2, "four": 4}.items()
+        if devices % count == 0
+        for point in alone
+    ]
 
 
 def by_model(config: Config, width: int) -> list[Point]:
