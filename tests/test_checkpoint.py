@@ -1,6 +1,10 @@
 """Checkpoints: whole or not there, back bit by bit, and one line where they are damaged."""
 
+import os
 import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +147,37 @@ def test_a_step_that_was_half_written_under_its_own_name_is_passed_over(saved, l
     assert told == [f"{saved / '2'}: the checkpoint cannot be read: it is not whole; going on from round 1"]
     checkpoints.close()
     assert sorted(path.name for path in saved.iterdir()) == ["1", "2.unreadable"]
+
+
+@contextmanager
+def nobody():
+    """A folder of a user who is not root, which this process is meanwhile."""
+    with tempfile.TemporaryDirectory() as name:
+        root = os.geteuid() == 0
+        if root:
+            os.chown(name, 65534, 65534)
+            os.seteuid(65534)
+        try:
+            yield Path(name)
+        finally:
+            if root:
+                os.seteuid(0)
+
+
+@pytest.mark.parametrize("closed", ["default/server.safetensors", "default", "."])
+def test_a_step_without_permission_is_passed_over(closed):
+    with nobody() as folder:
+        checkpoints = Checkpoints(folder / "checkpoints", keep=2)
+        for t in (1, 2):
+            checkpoints.save(t, state(t / 3))
+        (folder / "checkpoints" / "2" / closed).chmod(0)
+        told = []
+        t, back = checkpoints.resume(state(0), None, told.append)
+        checkpoints.close()
+    assert t == 1
+    np.testing.assert_array_equal(back["weights"]["a"], state(1 / 3)["weights"]["a"])
+    assert len(told) == 1 and told[0].endswith("; going on from round 1")
+    assert "ermission" in told[0] or "not whole" in told[0]
 
 
 def test_where_no_checkpoint_can_be_read_nothing_is_moved(saved):
