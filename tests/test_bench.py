@@ -117,6 +117,32 @@ def test_a_comparison_takes_turns_in_processes_of_their_own(world):
     assert [text.split(": ")[1] for text in told[2:]] == ["tiered", "loop"] * 2
 
 
+def test_an_engine_starts_when_the_one_before_it_is_ready(world, monkeypatch):
+    """Else its seconds of compilation are those of a machine that loads the others."""
+    happened = []
+
+    class Recorded:
+        def __init__(self, engine):
+            self.engine = engine
+            happened.append(f"{engine} starts")
+
+        def answer(self):
+            return {"work": {"tokens": 1, "clients": 1, "flops": 1.0}, "fill": 1.0}
+
+        def ask(self, command):
+            happened.append(f"{self.engine} {command}")
+            return {"seconds": 1.0, "flops_per_second": 1.0, "peak_bytes": 1}
+
+        def close(self):
+            happened.append(f"{self.engine} ends")
+
+    monkeypatch.setattr("fslora_jax.bench.compare.engine_worker", lambda engine, *_: Recorded(engine))
+    config = make_config(runs.settings(world), "test")
+    list(compare(config, ["tiered", "loop"], repeats=1, device=None, tell=lambda _: None))
+    assert happened[:5] == ["tiered starts", "tiered run", "loop starts", "loop run", "tiered rate"]
+    assert happened[-2:] == ["loop ends", "tiered ends"]
+
+
 def test_ratios_are_medians_of_pairs_between_all_rows():
     """Not ratios of medians: c takes three times as long as a, though their medians are 4 and 2."""
     facts = {"work": {"tokens": 10, "clients": 2, "flops": 1.0}, "fill": 1.0}

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -87,34 +87,26 @@ def engine_worker(engine: str, config: Path, device: str | None) -> Worker:
     )
 
 
-@contextmanager
-def started(engines: Sequence[str], config: Config, device: str | None) -> Iterator[dict[str, Worker]]:
-    """The engines' processes, one after another, so that their start does not disturb a measurement."""
-    with ExitStack() as stack:
-        path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "config.yaml"
-        path.write_text(dump_config(config), encoding="utf-8")
-        workers = {}
-        for engine in engines:
-            workers[engine] = engine_worker(engine, path, device)
-            stack.callback(workers[engine].close)
-        yield workers
-
-
 def compare(
     config: Config, engines: Sequence[str], *, repeats: int, device: str | None, tell: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    """Compiles every engine, then times them in turn ``repeats`` times, and tells after each what was found so far.
+    """Compiles one engine after another, then times them in turn ``repeats`` times, and tells what was found so far.
 
     Yields JSON-able records: for each engine seconds of every repetition, seconds of compilation, tokens and clients
     per second, peak bytes, the part of the machine's best matrix-product rate; and the median of the paired
     ratios of each engine's time to the first one's. ``fill``: real tokens in those that this package computes with.
     """
-    with started(engines, config, device) as workers:
-        facts, first, seconds = {}, {}, {engine: [] for engine in engines}
-        for engine, worker in workers.items():
+    with ExitStack() as stack:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "config.yaml"
+        path.write_text(dump_config(config), encoding="utf-8")
+        workers, facts, first, seconds = {}, {}, {}, {engine: [] for engine in engines}
+        for engine in engines:
             tell(f"{engine}: loading and compiling")
+            worker = engine_worker(engine, path, device)
+            stack.callback(worker.close)
             facts[engine] = worker.answer()
             first[engine] = worker.ask("run")["seconds"]
+            workers[engine] = worker  # which now waits, so that the next one loads and compiles undisturbed
         rates = []
         for n in range(repeats):
             rates.append(workers[engines[0]].ask("rate")["flops_per_second"])
