@@ -1,28 +1,42 @@
 """All engines of the benchmark do the same round."""
 
 import json
+import re
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
 
 from fslora_jax.adapters.write import named_tensors
-from fslora_jax.bench import command
+from fslora_jax.bench import command, limits
 from fslora_jax.bench.compare import compare, record_of
 from fslora_jax.bench.engines import ENGINES, engine_round
-from fslora_jax.bench.work import fill_of, work_of
+from fslora_jax.bench.torch_loop import wrapped_model
+from fslora_jax.bench.work import fill_of, parts_of, work_of
 from fslora_jax.config import make_config
 from fslora_jax.errors import UserError
 from fslora_jax.federation.setup import initial_server, set_up
 
 PLAIN = {"lora__lora_dropout": 0.0, "federation__clients_per_round": None, "server_optimizer": {}}
-"""What every engine can do."""
+"""Nothing random but the sketches, and everybody takes part."""
+
+UNEVEN = {
+    "seed": 1,
+    "federation__failure_rate": 0.4,
+    "federation__min_local_steps": 1,
+    "federation__client_weights": "examples",
+}
+"""Some clients fail, some do fewer steps, and they weigh differently."""
+
+FULL = {"federation__sketching_ratios": [1.0]}
 
 
 def prepare(world, **changes):
-    config = make_config(runs.settings(world, **PLAIN, **changes), "test")
+    config = make_config(runs.settings(world, **(PLAIN | changes)), "test")
     return config, set_up(config)
 
 
@@ -32,13 +46,65 @@ def tiered(world):
     return config, federation, ENGINES["tiered"](config, federation)().weights
 
 
-@pytest.mark.filterwarnings("ignore:jax.interpreters.pxla.thread_resources:DeprecationWarning")  # drjax 0.2's
-@pytest.mark.parametrize("engine", ["masked", "unchunked", "loop", "drjax"])
+drjax_warns = pytest.mark.filterwarnings(
+    "ignore:jax.interpreters.pxla.thread_resources:DeprecationWarning"  # drjax 0.2's
+)
+
+
+@drjax_warns
+@pytest.mark.parametrize("engine", ["masked", "unchunked", "chunked", "loop", "drjax"])
 def test_engines_in_jax_do_the_same_round(tiered, engine):
     config, federation, expected = tiered
     found = ENGINES[engine](config, federation)().weights
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@drjax_warns
+@pytest.mark.parametrize(
+    ("engines", "changes"),
+    [
+        (["masked", "chunked", "loop", "drjax"], {"federation__rows_per_pass": 1}),
+        (["loop", "drjax"], {"lora__lora_dropout": 0.3}),
+        (["loop", "drjax"], {"federation__method": "raflora"}),
+        (["loop", "drjax"], {"federation__method_options": {"redraw": True}}),
+        (["loop"], {"federation__method": "fed_sb", "data__packing": False, **FULL}),
+        (
+            ["loop", "drjax"],
+            {
+                "federation__method": "xgblora",
+                "federation__method_options": {"ridge": 0.1},
+                **FULL,
+            },
+        ),
+        (["loop", "drjax"], {"federation__wrappers": {"over_the_air": {}}}),
+    ],
+    ids=str,
+)
+def test_engines_in_jax_do_what_the_config_says(world, engines, changes):
+    """Weights, failures, dropout; what a method announces, changes in a step, trains instead, merges, penalises."""
+    config, federation = prepare(world, **(UNEVEN | changes))
+    expected = ENGINES["tiered"](config, federation)()
+    for engine in engines:
+        found = ENGINES[engine](config, federation)()
+        both = found.weights.adapter, expected.weights.adapter
+        assert both[0].keys() == both[1].keys()
+        for module in both[0]:  # as products: an SVD turns factors
+            a, b = (jnp.einsum("nro,nri->noi", of[module].b, of[module].a) for of in both)
+            np.testing.assert_allclose(a, b, atol=1e-5, err_msg=f"{engine} {module}")
+        jax.tree.map(
+            partial(np.testing.assert_allclose, atol=1e-5), found.weights.head, expected.weights.head
+        )
+
+
+def test_the_parts_of_a_round_are_uneven(world):
+    """What `UNEVEN` shall bring to the tests."""
+    _, federation = prepare(world, **UNEVEN)
+    parts = list(parts_of(federation))
+    assert len(parts) < 5
+    assert len({part.weight for part in parts}) > 1
+    assert sum(part.weight for part in parts) == pytest.approx(1)
+    assert {(part.examples >= 0).all() for part in parts} == {True, False}
 
 
 def changes_under(world, engine, **changes):
@@ -66,6 +132,32 @@ def test_torch_does_the_same_round_where_nothing_is_random(world, engine, optimi
         np.testing.assert_allclose(found[name], value, atol=2e-3 * largest, err_msg=name)
 
 
+def test_torch_does_the_same_uneven_round_with_clipping_and_a_schedule(world):
+    """A schedule over one round of two steps, so that the second is half as long, with gradients above the norm."""
+    client = {
+        "name": "sgd",
+        "learning_rate": 1.0,
+        "momentum": 0.5,
+        "max_grad_norm": 0.3,
+        "schedule": "linear",
+    }
+    changes = UNEVEN | {"client_optimizer": client, "federation__num_rounds": 1}
+    found, expected = changes_under(world, "torch", **changes)
+    for name, value in expected.items():
+        largest = abs(value).max()
+        assert largest > 1e-4
+        np.testing.assert_allclose(found[name], value, atol=2e-3 * largest, err_msg=name)
+
+
+def test_torch_drops_inputs_of_adapters_alone(world):
+    config, federation = prepare(world, lora__lora_dropout=0.3)
+    model = wrapped_model(config, federation, "cpu")
+    found = {name: m.p for name, m in model.named_modules() if hasattr(m, "p") and m.training}
+    assert set(found.values()) == {0.3}
+    assert all("lora_dropout" in name for name in found)
+    assert len(found) == 2 * 2 * 2  # modules, layers, ranks
+
+
 def test_torch_under_autocast_does_the_same_round_in_bfloat16(world):
     """As far as bfloat16 goes: torch also narrows what is between products, so single values differ by more."""
     client = {"name": "sgd", "learning_rate": 0.1, "head_learning_rate": 0.1}
@@ -90,6 +182,14 @@ def test_work_counts_real_tokens_and_the_models_products(world):
     frozen = 2 * 2 * (4 * d * d + 2 * d * wide) * layers * work.tokens
     assert frozen < work.flops < 2 * frozen
     assert len(population.ranks) == 5
+
+
+def test_work_leaves_out_what_is_not_done(world):
+    _, federation = prepare(world, **UNEVEN)
+    work, parts, store = work_of(federation), list(parts_of(federation)), federation.task.population.store
+    done = np.concatenate([part.examples[part.examples >= 0] for part in parts])
+    assert work[:3] == (len(parts), len(done), store.lengths_of(done).sum())
+    assert 0 < work.flops < work_of(prepare(world, seed=UNEVEN["seed"])[1]).flops
 
 
 def test_the_fill_is_of_all_rows_without_passes_and_of_those_needed_with_them(world):
@@ -173,8 +273,49 @@ def test_clients_that_remember(world):
     config = make_config(runs.settings(world, **PLAIN, federation__method="hetlora"), "test")
     found, expected = (engine_round(engine, config)[1]().weights for engine in ("masked", "tiered"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
-    with pytest.raises(UserError, match="engine 'loop': it has no memory for clients, which hetlora needs"):
-        engine_round("loop", config)
+
+
+@pytest.mark.parametrize(
+    ("engine", "changes", "message"),
+    [
+        ("loop", {"federation__method": "hetlora"}, "federation.method: found hetlora, expected one whose"),
+        (
+            "drjax",
+            {"federation__wrappers": {"personalise": {}}},
+            "federation.method: found fslora in personalise",
+        ),
+        (
+            "torch",
+            {"federation__method": "flexlora"},
+            "federation.method: found flexlora, expected fslora or",
+        ),
+        ("torch", {"federation__method_options": {"redraw": True}}, "federation.method_options: found"),
+        ("torch", {"federation__wrappers": {"observe": {}}}, "federation.wrappers: found observe"),
+        ("torch", {"server_optimizer": {"name": "adam"}}, "server_optimizer: found adam, expected plain"),
+        (
+            "torch-padded",
+            {"client_optimizer": {"momentum": 0.9, "weight_decay": 0.1}},
+            "client_optimizer.weight_decay: found 0.1, expected 0",
+        ),
+        ("torch", {"model__quantization": "int8"}, "model.quantization: found int8, expected none"),
+        ("torch", {"data__task": "regression"}, "data.task: found regression"),
+        ("tiered", {"federation__failure_rate": 0.999}, "federation.failure_rate: found 0.999"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused_before_anything_is_loaded(
+    world, monkeypatch, engine, changes, message
+):
+    monkeypatch.setattr("fslora_jax.hub.resolve_model", None)
+    config = make_config(runs.settings(world, **(PLAIN | changes)), "test")
+    with pytest.raises(UserError, match=re.escape(f"engine '{engine}': {message}")) as refused:
+        engine_round(engine, config)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_engine_whose_packages_are_not_there_is_refused(world, monkeypatch):
+    monkeypatch.setitem(limits.PACKAGES, "loop", ("jax", "not_installed"))
+    with pytest.raises(UserError, match="engine 'loop': not_installed not found; pip install"):
+        engine_round("loop", make_config(runs.settings(world, **PLAIN), "test"))
 
 
 @pytest.mark.parametrize(
