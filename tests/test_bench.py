@@ -3,6 +3,7 @@
 import json
 import re
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 import runs
 
 from fslora_jax.adapters.write import named_tensors
-from fslora_jax.bench import command, limits
+from fslora_jax.bench import command, limits, worker
 from fslora_jax.bench.compare import compare, record_of
 from fslora_jax.bench.engines import ENGINES, engine_round
 from fslora_jax.bench.torch_loop import wrapped_model
@@ -31,6 +32,14 @@ UNEVEN = {
     "federation__client_weights": "examples",
 }
 """Some clients fail, some do fewer steps, and they weigh differently."""
+
+FACTS = {
+    "work": {"tokens": 10, "clients": 2, "examples": 3, "flops": 60e12},
+    "fill": 1.0,
+    "device": "cpu",
+    "peak_flops_per_second": None,
+}
+"""What an engine's process says of the round."""
 
 FULL = {"federation__sketching_ratios": [1.0]}
 
@@ -227,7 +236,7 @@ def test_an_engine_starts_when_the_one_before_it_is_ready(world, monkeypatch):
             happened.append(f"{engine} starts")
 
         def answer(self):
-            return {"work": {"tokens": 1, "clients": 1, "flops": 1.0}, "fill": 1.0}
+            return FACTS
 
         def ask(self, command):
             happened.append(f"{self.engine} {command}")
@@ -245,12 +254,92 @@ def test_an_engine_starts_when_the_one_before_it_is_ready(world, monkeypatch):
 
 def test_ratios_are_medians_of_pairs_between_all_rows():
     """Not ratios of medians: c takes three times as long as a, though their medians are 4 and 2."""
-    facts = {"work": {"tokens": 10, "clients": 2, "flops": 1.0}, "fill": 1.0}
+    facts = dict.fromkeys("abc", FACTS)
     seconds = {"a": [1.0, 2.0, 4.0], "b": [2.0, 6.0, 4.0], "c": [4.0, 2.0, 12.0]}
     rows = record_of(facts, dict.fromkeys("abc", 5.0), seconds, dict.fromkeys("abc", 1), 1.0)
     found = {engine: row["time_over"] for engine, row in rows["engines"].items()}
     assert found["a"] == {"a": 1.0, "b": 0.5, "c": 1 / 3}
     assert found["c"] == {"a": 3.0, "b": 2.0, "c": 1.0}
+
+
+def test_mfu_is_of_the_data_sheet_where_there_is_one(capsys):
+    facts = {"a": FACTS | {"peak_flops_per_second": 200e12}, "b": FACTS}
+    seconds, ones = {"a": [1.0, 3.0, 1.0], "b": [2.0, 2.0, 2.0]}, dict.fromkeys("ab", 1)
+    record = record_of(facts, dict.fromkeys("ab", 5.0), seconds, ones, 100e12)
+    assert {engine: row["mfu"] for engine, row in record["engines"].items()} == {"a": 0.3, "b": None}
+    assert record["engines"]["a"]["of_best_matmul"] == 0.6
+    command.print_table(record)
+    assert "MFU" in (shown := capsys.readouterr().out)
+    assert "30%" in shown
+    command.print_table(record_of({"b": FACTS}, {"b": 5.0}, {"b": [2.0]}, {"b": 1}, 100e12))
+    assert "MFU" not in capsys.readouterr().out
+
+
+def test_what_devices_promise(world, monkeypatch):
+    """All devices of the mesh together; PyTorch's only where it computes on the GPU that JAX sees."""
+    device = SimpleNamespace(device_kind="NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(worker.jax, "devices", lambda: [device])
+    config = make_config(runs.settings(world, model__dtype="bfloat16"), "test")
+    spread: Any = SimpleNamespace(mesh=SimpleNamespace(size=4))
+    alone: Any = SimpleNamespace(mesh=None)
+    assert worker.peak_of("tiered", config, spread) == 4 * 312e12
+    assert worker.peak_of("loop", config, alone) == 312e12
+    for there, promised in ((True, 312e12), (False, None)):
+        monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
+        assert worker.peak_of("torch", config, alone) == promised
+    assert worker.peak_of("tiered", make_config(runs.settings(world), "test"), spread) is None
+    device.device_kind = "NVIDIA A100-SXM4-80GB MIG 1g.10gb"
+    assert worker.peak_of("tiered", config, spread) is None
+
+
+def test_a_device_that_is_not_there(monkeypatch):
+    def fails():
+        raise RuntimeError("Unable to initialize backend 'cuda'\nand more")
+
+    monkeypatch.setattr(worker.jax, "devices", fails)
+    with pytest.raises(
+        UserError, match=r"--device: JAX cannot use what it names: Unable to .*'cuda'; choose"
+    ):
+        worker.devices_here()
+
+
+def compared(monkeypatch, *argv: object) -> SimpleNamespace:
+    """What a command would compare."""
+    asked = SimpleNamespace()
+
+    def note(config, engines, **options):
+        asked.__dict__.update(config=config, engines=engines, **options)
+        yield record_of(
+            dict.fromkeys(engines, FACTS),
+            *(dict.fromkeys(engines, value) for value in (5.0, [1.0], 1)),
+            1e12,
+        )
+
+    monkeypatch.setattr(command, "compare", note)
+    command.bench_command([str(arg) for arg in argv])
+    return asked
+
+
+def test_a_plain_command_compares_all_that_can_do_the_config(world, monkeypatch, capsys):
+    asked = compared(monkeypatch, world.config)
+    assert asked.engines == ["tiered", "masked", "chunked", "loop", "drjax"]
+    assert "without engine 'torch': server_optimizer: found" in " ".join(capsys.readouterr().err.split())
+    plain = runs.write_config(world.folder / "plain.yaml", world, **PLAIN, federation__cohort_chunks=2)
+    monkeypatch.setitem(limits.PACKAGES, "drjax", ("not_installed",))
+    asked = compared(monkeypatch, plain)
+    assert asked.engines == ["tiered", "masked", "unchunked", "loop", "torch", "torch-padded"]
+    assert "not_installed not found" in " ".join(capsys.readouterr().err.split())
+
+
+def test_short_names(world, monkeypatch):
+    short = ["--model", "some/model", "--task", "sst2", "--clients", 8, "--engines", "loop", "loop"]
+    asked = compared(monkeypatch, world.config, *short)
+    assert (asked.config.model.name, asked.config.data.task) == ("some/model", "sst2")
+    assert (asked.config.clients_per_round, asked.config.population) == (8, 8)
+    assert asked.engines == ["loop"]
+    chunks = "--federation.cohort-chunks", 3
+    fewer = compared(monkeypatch, world.config, "--clients", 2, "--engines", "loop", *chunks).config
+    assert (fewer.clients_per_round, fewer.population, fewer.federation.cohort_chunks) == (2, 5, 2)
 
 
 def test_what_was_measured_stays_when_the_rest_fails(world, tmp_path, monkeypatch):
@@ -322,12 +411,22 @@ def test_an_engine_whose_packages_are_not_there_is_refused(world, monkeypatch):
     ("arguments", "message"),
     [
         ("--engines tired", "--engines: unknown engine 'tired'; did you mean tiered?"),
+        ("--engines tiered torch", "engine 'torch': server_optimizer: found sgd, expected plain averaging"),
         ("--repeats 0", "--repeats: found 0, expected at least 1"),
-        ("--model.name nowhere/at-all --engines tiered", "was found nowhere"),
+        ("--clients 0", "--clients: federation.clients_per_round: found 0"),
+        ("--device gpus", "--device: unknown kind 'gpus'; did you mean gpu?"),
+        ("--json FILE/found.json", "--json: FILE/found.json cannot be written: "),
+        ("--json FOLDER", "--json: FOLDER cannot be written: Is a directory; choose another file"),
     ],
 )
-def test_bad_input(world, capsys, arguments, message):
-    with pytest.raises(SystemExit) as stop:
-        runs.call(world, "bench", world.config, *arguments.split())
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+def test_bad_input_is_told_before_anything_starts(world, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(command, "compare", None)
+    places = {"FILE": str(world.config), "FOLDER": str(world.folder)}
+    for name, place in places.items():
+        arguments, message = arguments.replace(name, place), message.replace(name, place)
+    assert message in runs.mistake(world, capsys, "bench", world.config, *arguments.split())
+
+
+def test_what_a_process_finds_is_told_in_one_line(world, capsys):
+    arguments = ("--model.name", "nowhere/at-all", "--engines", "tiered")
+    assert "was found nowhere" in runs.mistake(world, capsys, "bench", world.config, *arguments)

@@ -30,6 +30,12 @@ class Limit(NamedTuple):
     expected: str
 
 
+def default_engines(config: Config) -> tuple[str, ...]:
+    """This package's ways with a cohort, and all peers; the first is what the ratios are to."""
+    other = "unchunked" if config.federation.cohort_chunks > 1 else "chunked"
+    return ("tiered", "masked", other, "loop", "drjax", *TORCH)
+
+
 def check_engine(engine: str, config: Config) -> None:
     """Refuses a config that an engine cannot do, and an engine whose packages are not there.
 

@@ -34,7 +34,7 @@ def torch_engine(config: Config, federation: Federation, *, pad_to_max: bool) ->
     factors = [
         np.asarray(federation.optimizer.schedule(h)).item() for h in range(federation.steps.local_steps)
     ]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch_device()
     model = wrapped_model(config, federation, device)
     weights = jax.device_get(initial_server(config, federation).weights)
     named = named_tensors(weights.adapter, weights.head, federation.task.model.naming)
@@ -64,6 +64,13 @@ def torch_engine(config: Config, federation: Federation, *, pad_to_max: bool) ->
         return totals
 
     return one_round
+
+
+def torch_device() -> str:
+    """The device that PyTorch computes on."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def exported_name(name: str) -> str:
