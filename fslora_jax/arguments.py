@@ -1,7 +1,7 @@
 """Command-line arguments: dataclasses read by tyro, and a config file whose every setting is an argument."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,9 +42,12 @@ MAPPING = tyro.constructors.PrimitiveConstructorSpec(
 )
 
 
-def mirrored_fields(default: BaseModel) -> list[tuple[str, Any, Any]]:
+def mirrored_fields(
+    default: BaseModel, short: Mapping[str, str] = {}, prefix: str = ""
+) -> list[tuple[str, Any, Any]]:
     """Names, described types and defaults of a config's settings, for plain dataclasses.
 
+    ``short`` has further arguments of some, by their dotted names from ``prefix`` on.
     tyro reads types and help from these; the rules are checked once, by `make_config`, with one-line errors.
     """
     fields = []
@@ -52,12 +55,16 @@ def mirrored_fields(default: BaseModel) -> list[tuple[str, Any, Any]]:
         value = getattr(default, name)
         if isinstance(value, BaseModel):
             doc = {"__doc__": type(value).__doc__}
-            section = dataclasses.make_dataclass(type(value).__name__, mirrored_fields(value), namespace=doc)
+            section = dataclasses.make_dataclass(
+                type(value).__name__, mirrored_fields(value, short, f"{prefix}{name}."), namespace=doc
+            )
             fields.append((name, section, dataclasses.field(default_factory=section)))
         else:
             extra = (MAPPING,) if isinstance(value, dict) else ()
             # --SETTING VALUE also where it is True or False.
-            marks = (tyro.conf.arg(help=info.description), tyro.conf.FlagConversionOff, *extra)
+            aliases = [short[prefix + name]] if prefix + name in short else None
+            described = tyro.conf.arg(help=info.description, aliases=aliases)
+            marks = (described, tyro.conf.FlagConversionOff, *extra)
             described = Annotated[info.annotation, *marks]
             fields.append((name, described, dataclasses.field(default_factory=lambda value=value: value)))
     return fields
@@ -95,9 +102,12 @@ def option(kind: Any, default: Any, help: str) -> Option:
 
 
 def parse_config(
-    command: str, description: str, argv: Sequence[str], **options: Option
+    command: str, description: str, argv: Sequence[str], short: Mapping[str, str] = {}, **options: Option
 ) -> tuple[Config, Path, dict[str, Any]]:
-    """Reads ``CONFIG.yaml [--OPTION VALUE] [--SETTING VALUE]``: the config, its path, the values of ``options``."""
+    """Reads ``CONFIG.yaml [--OPTION VALUE] [--SETTING VALUE]``: the config, its path, the values of ``options``.
+
+    ``short``: further arguments of some settings, such as ``{"data.task": "--task"}``.
+    """
     given = bool(argv) and not argv[0].startswith("-")
     if not given and not {"-h", "--help"} & set(argv):
         usage = " ".join(f"[--{name.replace('_', '-')} VALUE]" for name in options)
@@ -107,7 +117,7 @@ def parse_config(
     path = Path(argv[0]) if given else Path("CONFIG.yaml")
     placeholder = Config(model=ModelConfig(name="MODEL"), data=DataConfig(name="DATA"))
     defaults = load_config(path) if given else placeholder
-    fields = [(name, *described) for name, described in options.items()] + mirrored_fields(defaults)
+    fields = [(name, *described) for name, described in options.items()] + mirrored_fields(defaults, short)
     form = dataclasses.make_dataclass(command.title(), fields)
     args = parse(form, f"fslora {command} {path}", description, argv[1:] if given else argv)
     values = dataclasses.asdict(args)

@@ -173,8 +173,12 @@ def test_weights_are_placed_by_path_and_read_once_and_only_where_they_live(tmp_p
 
 
 def test_engines_of_the_benchmark_do_the_same_round(tmp_path):
-    """DrJAX spreads its clients over all devices, three of them for nobody; a Python loop has one device."""
-    changes = {"lora__lora_dropout": 0.0, "federation__clients_per_round": None, "server_optimizer": {}}
+    """DrJAX spreads its clients over all devices, three of them for nobody; a Python loop has one device.
+
+    Clients fail, and those who report weigh by their examples.
+    """
+    uneven = {"federation__failure_rate": 0.4, "federation__client_weights": "examples", "seed": 1}
+    changes = {"federation__clients_per_round": None, "server_optimizer": {}} | uneven
     config = make_config(runs.settings(runs.make_world(tmp_path), **changes), "test")
     played = {name: engine_round(name, config) for name in ("tiered", "drjax", "loop")}
     assert {name: f.mesh and f.mesh.size for name, (f, _) in played.items()} == {

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -87,34 +87,27 @@ def engine_worker(engine: str, config: Path, device: str | None) -> Worker:
     )
 
 
-@contextmanager
-def started(engines: Sequence[str], config: Config, device: str | None) -> Iterator[dict[str, Worker]]:
-    """The engines' processes, one after another, so that their start does not disturb a measurement."""
-    with ExitStack() as stack:
-        path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "config.yaml"
-        path.write_text(dump_config(config), encoding="utf-8")
-        workers = {}
-        for engine in engines:
-            workers[engine] = engine_worker(engine, path, device)
-            stack.callback(workers[engine].close)
-        yield workers
-
-
 def compare(
     config: Config, engines: Sequence[str], *, repeats: int, device: str | None, tell: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    """Compiles every engine, then times them in turn ``repeats`` times, and tells after each what was found so far.
+    """Compiles one engine after another, then times them in turn ``repeats`` times, and tells what was found so far.
 
     Yields JSON-able records: for each engine seconds of every repetition, seconds of compilation, tokens and clients
-    per second, peak bytes, the part of the machine's best matrix-product rate; and the median of the paired
-    ratios of each engine's time to the first one's. ``fill``: real tokens in those that this package computes with.
+    per second, peak bytes, the part of the machine's best matrix-product rate and of its data sheet's (``mfu``), and
+    the medians of the paired ratios of its time to the others'. ``fill``: real tokens in those that this package
+    computes with.
     """
-    with started(engines, config, device) as workers:
-        facts, first, seconds = {}, {}, {engine: [] for engine in engines}
-        for engine, worker in workers.items():
+    with ExitStack() as stack:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "config.yaml"
+        path.write_text(dump_config(config), encoding="utf-8")
+        workers, facts, first, seconds = {}, {}, {}, {engine: [] for engine in engines}
+        for engine in engines:
             tell(f"{engine}: loading and compiling")
+            worker = engine_worker(engine, path, device)
+            stack.callback(worker.close)
             facts[engine] = worker.answer()
             first[engine] = worker.ask("run")["seconds"]
+            workers[engine] = worker  # which now waits, so that the next one loads and compiles undisturbed
         rates = []
         for n in range(repeats):
             rates.append(workers[engines[0]].ask("rate")["flops_per_second"])
@@ -122,24 +115,26 @@ def compare(
                 tell(f"repetition {n + 1} of {repeats}: {engine}")
                 seconds[engine].append(worker.ask("run")["seconds"])
             peaks = {engine: worker.ask("peak")["peak_bytes"] for engine, worker in workers.items()}
-            yield record_of(facts[engines[0]], first, seconds, peaks, max(rates))
+            yield record_of(facts, first, seconds, peaks, max(rates))
 
 
 def record_of(
-    facts: Mapping[str, Any],
+    facts: Mapping[str, Mapping[str, Any]],
     first: Mapping[str, float],
     seconds: Mapping[str, list[float]],
     peaks: Mapping[str, int],
     rate: float,
 ) -> dict[str, Any]:
-    """What `compare` yields, of each engine's first round, later rounds and peak bytes.
+    """What `compare` yields, of each engine's facts, first round, later rounds and peak bytes.
 
-    ``time_over`` are the medians of a row's paired ratios to every other one.
+    ``time_over`` are the medians of a row's paired ratios to every other one. ``mfu`` is model FLOPs utilisation, the
+    model's operations on real tokens (`Work`) over what the devices' data sheets promise; None where that is not known.
     """
-    work = facts["work"]
+    common = next(iter(facts.values()))
+    work = common["work"]
     rows = {}
     for engine, times in seconds.items():
-        typical = float(np.median(times))
+        typical, promised = float(np.median(times)), facts[engine]["peak_flops_per_second"]
         rows[engine] = {
             "seconds": list(times),
             "compile_seconds": max(first[engine] - typical, 0.0),
@@ -147,15 +142,17 @@ def record_of(
             "clients_per_second": work["clients"] / typical,
             "peak_bytes": peaks[engine],
             "of_best_matmul": work["flops"] / typical / rate,
+            "peak_flops_per_second": promised,
+            "mfu": None if promised is None else work["flops"] / typical / promised,
             "time_over": {
                 other: float(np.median(np.array(times) / np.array(theirs)))
                 for other, theirs in seconds.items()
             },
         }
     return {
-        "machine": machine(),
+        "machine": machine() | {"device": common["device"]},
         "work": work,
-        "fill": facts["fill"],
+        "fill": common["fill"],
         "best_matmul_flops_per_second": rate,
         "engines": rows,
     }

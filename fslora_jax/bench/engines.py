@@ -7,6 +7,7 @@ Where there are several devices all spread the clients over them, but for those 
 | `tiered`        | this package: the whole round in one program, clients of one rank in one tier             |
 | `masked`        | the same with every client at the global rank                                             |
 | `unchunked`     | `tiered` with the whole cohort at once                                                     |
+| `chunked`       | `tiered` in the config's chunks, or else with one client of each device at a time         |
 | `loop`          | the same round as a Python loop over clients, one compiled program for each rank          |
 | `drjax`         | the same clients under DrJAX's map and reduce (arXiv 2403.07128), all at the global rank  |
 | `torch`         | PyTorch + PEFT, one client after another, batches padded to their longest example         |
@@ -23,18 +24,18 @@ from tempfile import mkdtemp
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+import numpy as np
+from jaxtyping import PyTree
 
 from fslora_jax.backend import compiler_options
+from fslora_jax.bench.limits import TORCH, check_engine
 from fslora_jax.bench.torch_loop import torch_engine
 from fslora_jax.config import Config
-from fslora_jax.errors import UserError
-from fslora_jax.federation.calls import cohort_of, compile_round, training_base
-from fslora_jax.federation.cohort import plan_layout
-from fslora_jax.federation.feed import make_cohort
-from fslora_jax.federation.local import train
+from fslora_jax.federation.calls import arranged, cohort_of, compile_round, training_base
+from fslora_jax.federation.cohort import Layout, plan_layout
+from fslora_jax.federation.feed import host_cohort
 from fslora_jax.federation.memories import remembering
-from fslora_jax.federation.round import Cohort
+from fslora_jax.federation.round import Cohort, Constants, announced, client_keys, local_training
 from fslora_jax.federation.setup import (
     Federation,
     federation_of,
@@ -44,10 +45,10 @@ from fslora_jax.federation.setup import (
     run_constants,
     set_up,
 )
-from fslora_jax.methods import Client, Combined, Method, Server
+from fslora_jax.methods import Combined, Method, Server, merge
+from fslora_jax.models import shifted
 from fslora_jax.models.kernels import narrowed
 from fslora_jax.sharding import CLIENTS
-from fslora_jax.types import Local
 
 Round = Callable[[], object]
 """Does one round and waits for its end; the first call also compiles."""
@@ -60,7 +61,11 @@ def with_layout(
     population, lanes = federation.task.population, federation.layout.lanes
     devices = lanes // config.federation.cohort_chunks
     layout = plan_layout(
-        population.ranks, [federation.cohort(0)], r=federation.spec.r, lanes=devices * chunks, tiered=tiered
+        population.ranks,
+        [federation.cohort(0)],
+        r=federation.spec.r,
+        lanes=devices * chunks,
+        tiered=tiered and not federation.method.traits.holds_all,
     )
     changed = config.federation.model_copy(update={"cohort_chunks": chunks})
     return config.model_copy(update={"federation": changed}), federation._replace(layout=layout)
@@ -94,84 +99,122 @@ def compiled(config: Config, federation: Federation, *, tiered: bool, chunks: in
     return one_round
 
 
+def chunked(config: Config, federation: Federation) -> Round:
+    """This package's round in the config's chunks, or where it has none with one client of each device at a time."""
+    chunks = config.federation.cohort_chunks
+    if chunks == 1:
+        chunks = -(-config.clients_per_round // federation.layout.lanes)
+    return compiled(config, federation, tiered=True, chunks=chunks)
+
+
 def python_loop(config: Config, federation: Federation) -> Round:
-    """A Python loop over clients: download, compiled local steps, upload; then one update."""
-    method, population = federation.method, federation.task.population
-    base = training_base(config, federation)
-    server, (keys, rates) = initial_server(config, federation), run_constants(config, federation.mesh)
-    sketch_key = jax.random.fold_in(keys.sketch, 0)
-    local_steps = partial(
-        train, federation.task.model.score, federation.optimizer, passes=federation.steps.passes, rates=rates
-    )
-    steps = jax.jit(local_steps, compiler_options=compiler_options(config.model.products))
-    download = jax.jit(method.download, static_argnums=3)
-    add = jax.jit(lambda total, more: jax.tree.map(jnp.add, total, more))
-    send = jax.jit(partial(sent, method, jax.random.fold_in(keys.network, 0)))
-    update = jax.jit(partial(method.update, keys.server))
+    """A Python loop over clients, each one's download, local steps and upload in one program; then one update."""
+    base, server = training_base(config, federation), initial_server(config, federation)
+    constants, method = run_constants(config, federation.mesh), federation.method
+
+    def client(base: PyTree, server: Server, constants: Constants, alone: Cohort, cap: int) -> Combined:
+        return one_client(config, federation, cap, base, server, constants, alone)
+
+    program = jax.jit(client, static_argnums=4, compiler_options=compiler_options(config.model.products))
+    move = jax.jit(lambda base, server: arranged(config, federation.mesh, shifted(base, server.base_delta)))
+    add, update = jax.jit(merge), jax.jit(partial(updated, method, constants))
 
     def one_round() -> Server:
+        cohort = jax.tree.map(lambda x: x[0], hosted(config, federation))  # of the only group
+        here = move(base, server) if method.traits.moves_base else base
+        told = server._replace(announced=announced(method, cohort.clients, None))
         total = None
-        for client in federation.cohort(0):
-            k = int(population.ranks[client])
-            layout = federation.layout._replace(caps=(k,), lanes=1)
-            alone = make_cohort(
-                population, federation.steps, layout, client[None], 0, shape=federation.shape, chunks=1
-            )
-            who, batches = jax.tree.map(lambda x: x[0, 0], alone)
-            one = jax.tree.map(lambda x: x[0], who)
-            given = jax.tree.map(
-                lambda x: x[None], download(jax.random.fold_in(sketch_key, int(client)), server, one, k)
-            )
-            after, _ = steps(base, [given], batches, jnp.int32(0), None)
-            share = jnp.float32(1 / len(federation.cohort(0)))[None]
-            payload = send(server, given, after[0], who._replace(weight=share))
-            total = payload if total is None else add(total, payload)
+        for place in zip(*np.nonzero(cohort.clients.weight), strict=True):
+            alone = jax.tree.map(lambda x, place=place: x[place][None], cohort)
+            cap = federation.spec.r if method.traits.holds_all else int(cohort.clients.k[place])
+            sent = program(here, told, constants, alone, cap)
+            total = sent if total is None else add(total, sent)
         return jax.block_until_ready(update(server, total))
 
     return one_round
 
 
-def sent(
-    method: Method, key: Key[Array, ""], server: Server, before: Local, after: Local, client: Client
+def hosted(config: Config, federation: Federation) -> Cohort:
+    """Round 0's cohort as NumPy arrays."""
+    return host_cohort(
+        federation.task.population,
+        federation.steps,
+        federation.layout,
+        federation.cohort(0),
+        0,
+        shape=federation.shape,
+        chunks=config.federation.cohort_chunks,
+        mesh=federation.mesh,
+    )
+
+
+def one_client(
+    config: Config,
+    federation: Federation,
+    cap: int,
+    base: PyTree,
+    server: Server,
+    constants: Constants,
+    alone: Cohort,
 ) -> Combined:
-    """What one client, alone in its tier, adds to the sum."""
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, client.id)
+    """What one client adds to the sum, alone in a tier of rank ``cap``; leaves of ``alone`` are ``(1, ...)``."""
+    method = federation.method
+    locally = local_training(
+        federation.task.model.score,
+        method,
+        federation.optimizer,
+        Layout((cap,), 1),
+        local_steps=config.federation.local_steps,
+        dropout=config.lora.lora_dropout > 0,
+        passes=federation.steps.passes,
+    )
+    (before,), (after,), _ = locally(base, server, constants, alone)
+    keys = client_keys(constants.keys.network, server, alone.clients.id)
     upload = jax.vmap(method.upload, in_axes=(0, None, 0, 0, 0))
-    return method.combine([upload(keys, server, before, after, client)[0]], [client.weight])
+    return method.combine([upload(keys, server, before, after, alone.clients)[0]], [alone.clients.weight])
+
+
+def updated(method: Method, constants: Constants, server: Server, combined: Combined) -> Server:
+    """The server after the round."""
+    return method.update(jax.random.fold_in(constants.keys.server, server.round), server, combined)
 
 
 def drjax_map(config: Config, federation: Federation) -> Round:
-    """The clients as DrJAX's map, their uploads through its reduce; shapes must be equal, so all have rank r."""
-    try:
-        import drjax
-    except ImportError:
-        raise UserError("engine 'drjax': drjax is not installed; pip install 'fslora_jax[bench]'") from None
-    config, federation = with_layout(config, federation, tiered=False, chunks=1)
-    method, products, mesh = federation.method, config.model.products, federation.mesh
-    base = narrowed(federation.task.base, products)  # a copy for each client: turned kernels only cost
-    server, (keys, rates) = initial_server(config, federation), run_constants(config, federation.mesh)
-    cohort = cohort_of(config, federation, 0)
-    sketch_key, network_key = (jax.random.fold_in(key, 0) for key in (keys.sketch, keys.network))
-    local_steps = partial(train, federation.task.model.score, federation.optimizer, rates=rates)
+    """The clients as DrJAX's map, their uploads through its reduce; shapes must be equal, so all have rank r.
 
+    Their minibatches go through the model whole, since one map has no loops of different lengths.
+    """
+    import drjax
+
+    config, federation = with_layout(config, federation, tiered=False, chunks=1)
+    federation = federation._replace(steps=federation.steps._replace(passes=None))
+    method, r, mesh = federation.method, federation.spec.r, federation.mesh
+    ready = partial(
+        narrowed, products=config.model.products
+    )  # a copy for each client: turned kernels only cost
+    base = federation.task.base if method.traits.moves_base else ready(federation.task.base)
+    server, constants = initial_server(config, federation), run_constants(config, mesh)
+    cohort = cohort_of(config, federation, 0)
     slots = cohort.clients.id.size
 
     @drjax.program(placements={CLIENTS: slots})
     def program(base, server, cohort):
-        def one_client(base, server, client, batch):
-            given = method.download(
-                jax.random.fold_in(sketch_key, client.id), server, client, federation.spec.r
-            )
-            given, batch = jax.tree.map(lambda x: x[None], (given, batch))
-            (after,), _ = local_steps(base, [given], batch, jnp.int32(0), None)
-            return sent(method, network_key, server, given, after, jax.tree.map(lambda x: x[None], client))
+        def client(base, server, cohort):
+            alone = jax.tree.map(lambda x: x[None], cohort)
+            return one_client(config, federation, r, base, server, constants, alone)
 
-        clients, batches = jax.tree.map(lambda x: x.reshape(slots, *x.shape[3:]), cohort)
-        shared = drjax.broadcast((base, server))
-        uploads = drjax.map_fn(one_client, (*shared, clients, batches))
-        return method.update(keys.server, server, drjax.reduce_sum(uploads))
+        clients = jax.tree.map(lambda x: x.reshape(slots, *x.shape[3:]), cohort)
+        here = ready(shifted(base, server.base_delta)) if method.traits.moves_base else base
+        all_clients = jax.tree.map(lambda x: x[None], clients.clients)
+        told = server._replace(announced=announced(method, all_clients, None))
+        sent = drjax.map_fn(client, (*drjax.broadcast((here, told)), clients))
+        combined = drjax.reduce_sum(sent._replace(peak={}))
+        combined = combined._replace(
+            peak=jax.tree.map(lambda x: x.max(0), sent.peak)
+        )  # it reduces by sums alone
+        return updated(method, constants, server, combined)
 
-    step = jax.jit(program, compiler_options=compiler_options(products))
+    step = jax.jit(program, compiler_options=compiler_options(config.model.products))
 
     def one_round() -> Server:
         with nullcontext() if mesh is None else jax.set_mesh(mesh):
@@ -184,26 +227,24 @@ ENGINES: dict[str, Callable[[Config, Federation], Round]] = {
     "tiered": partial(compiled, tiered=True),
     "masked": partial(compiled, tiered=False),
     "unchunked": partial(compiled, tiered=True, chunks=1),
+    "chunked": chunked,
     "loop": python_loop,
     "drjax": drjax_map,
     "torch": partial(torch_engine, pad_to_max=False),
     "torch-padded": partial(torch_engine, pad_to_max=True),
 }
 
-OURS = ("tiered", "masked", "unchunked")
-"""This package's round, whatever the method."""
-
-ONE_BY_ONE = ("loop", "torch", "torch-padded")
+ONE_BY_ONE = ("loop", *TORCH)
 """Engines whose clients take turns: each client has the whole machine, as one device with all its cores."""
 
 
 def engine_round(engine: str, config: Config) -> tuple[Federation, Round]:
-    """What an engine computes with, and its round."""
+    """What an engine computes with, and its round.
+
+    Raises:
+      UserError: it cannot do the config; before anything is loaded.
+    """
+    check_engine(engine, config)
     alone = engine in ONE_BY_ONE
     federation = federation_of(config, load_task(config, None), None) if alone else set_up(config)
-    if engine not in OURS and federation.method.first_memory is not None:
-        raise UserError(
-            f"engine {engine!r}: it has no memory for clients, which {config.federation.method} needs; "
-            f"expected some of {', '.join(OURS)}"
-        )
     return federation, ENGINES[engine](config, federation)

@@ -1,13 +1,14 @@
 """The peer: PyTorch and PEFT, one client after another, as frameworks in torch simulate a federation.
 
 Honest on purpose: one model in memory, adapters of each rank made once and refilled, fused attention, no data loader,
-no evaluation, no dropout in the frozen base, and the same examples, ranks, optimiser and averaging. Where
-`model.products` is bfloat16, it runs under PyTorch's autocast, with frozen kernels narrowed once and not in every step.
+no evaluation, no dropout in the frozen base, and the same examples, ranks, weights, optimiser and averaging; a client
+draws the same components in all modules. Where `model.products` is bfloat16, it runs under PyTorch's autocast, with
+frozen kernels narrowed once and not in every step.
 """
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,9 +17,9 @@ import numpy as np
 from fslora_jax import hub
 from fslora_jax.adapters.spec import adapter_config, client_config
 from fslora_jax.adapters.write import named_tensors
+from fslora_jax.bench.work import parts_of
 from fslora_jax.config import Config
-from fslora_jax.errors import UserError
-from fslora_jax.federation.feed import local_examples
+from fslora_jax.data.batches import FILLER
 from fslora_jax.federation.setup import Federation, initial_server
 
 Named = dict[str, Any]
@@ -27,13 +28,13 @@ Named = dict[str, Any]
 
 def torch_engine(config: Config, federation: Federation, *, pad_to_max: bool) -> Callable[[], Named]:
     """Round 0 with PyTorch and PEFT; gives the averaged changes."""
-    try:
-        import torch
-    except ImportError:
-        raise UserError("engine 'torch': PyTorch is not installed; pip install 'fslora_jax[bench]'") from None
-    population, ids, r = federation.task.population, federation.cohort(0), federation.spec.r
-    chosen = local_examples(population, federation.steps, ids, 0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    import torch
+
+    parts, r = list(parts_of(federation)), federation.spec.r
+    factors = [
+        np.asarray(federation.optimizer.schedule(h)).item() for h in range(federation.steps.local_steps)
+    ]
+    device = torch_device()
     model = wrapped_model(config, federation, device)
     weights = jax.device_get(initial_server(config, federation).weights)
     named = named_tensors(weights.adapter, weights.head, federation.task.model.naming)
@@ -48,22 +49,28 @@ def torch_engine(config: Config, federation: Federation, *, pad_to_max: bool) ->
     def one_round() -> Named:
         torch.manual_seed(config.seed)
         totals = {name: torch.zeros_like(value) for name, value in server.items()}
-        for client, examples in zip(ids, chosen, strict=True):
-            k = int(population.ranks[client])
+        for k, weight, examples in parts:
             order = torch.randperm(r).to(device)
             model.set_adapter(f"rank_{k}")
             trained = {exported_name(name): p for name, p in model.named_parameters() if p.requires_grad}
             for name, p in trained.items():
                 p.data.copy_(part(server[name], p, order))
-            train_client(trained, config, loss_of, examples)
+            train_client(trained, config, factors, loss_of, examples)
             for name, p in trained.items():
                 change = p.detach() - part(server[name], p, order)
-                add(totals[name], change / len(ids), order)
+                add(totals[name], weight * change, order)
         if device == "cuda":
             torch.cuda.synchronize()
         return totals
 
     return one_round
+
+
+def torch_device() -> str:
+    """The device that PyTorch computes on."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def exported_name(name: str) -> str:
@@ -111,9 +118,10 @@ def wrapped_model(config: Config, federation: Federation, device: str) -> Any:
     whole = adapter_config(config.lora, federation.spec, task.model, config.model.name)
     warnings.filterwarnings("ignore", category=FutureWarning)  # names in transformers that PEFT still uses
     model = None
-    for k in sorted({int(k) for k in task.population.ranks[federation.cohort(0)]}):
+    for k in sorted({part.k for part in parts_of(federation)}):
         said = client_config(whole, federation.spec, task.model, k)
-        fields: dict[str, Any] = said.model_dump(mode="json") | {"inference_mode": False}
+        own = {"inference_mode": False, "lora_dropout": config.lora.lora_dropout}
+        fields: dict[str, Any] = said.model_dump(mode="json") | own
         lora = peft.LoraConfig(**fields)
         if model is None:
             model = peft.get_peft_model(base, lora, adapter_name=f"rank_{k}")
@@ -125,30 +133,41 @@ def wrapped_model(config: Config, federation: Federation, device: str) -> Any:
             trained = re.search(r"lora_|modules_to_save", name)
             if isinstance(module, torch.nn.Linear) and not trained:
                 module.to(torch.bfloat16)
-    return model.to(device).eval()
+    model.to(device).eval()
+    for name, module in model.named_modules():
+        if re.search(r"lora_dropout\.", name):
+            module.train()
+    return model
 
 
 def train_client(
-    trained: Named, config: Config, loss: Callable[[np.ndarray], Any], examples: np.ndarray
+    trained: Named,
+    config: Config,
+    factors: Sequence[float],
+    loss: Callable[[np.ndarray], Any],
+    examples: np.ndarray,
 ) -> None:
-    """The local steps of one client on ``examples`` (H, E)."""
+    """The local steps of one client on ``examples`` (H, E), at learning rates times the schedule's ``factors``."""
     import torch
 
     c = config.client_optimizer
     lora = [p for name, p in trained.items() if "lora_" in name]
     head = [p for name, p in trained.items() if "lora_" not in name]
-    groups = [
-        {"params": lora, "lr": c.learning_rate},
-        {"params": head, "lr": c.head_learning_rate or c.learning_rate},
-    ]
-    groups = [group for group in groups if group["params"]]
+    peaks = (lora, c.learning_rate), (head, c.head_learning_rate or c.learning_rate)
+    groups = [{"params": params, "lr": rate, "peak": rate} for params, rate in peaks if params]
     if c.name == "adamw":
         optimizer = torch.optim.AdamW(groups, betas=(c.b1, c.b2), eps=c.eps, weight_decay=c.weight_decay)
     else:
         optimizer = torch.optim.SGD(groups, momentum=c.momentum, weight_decay=c.weight_decay)
-    for batch in examples:
+    for factor, batch in zip(factors, examples, strict=True):
+        if (batch == FILLER).all():  # a step that the client does not do
+            continue
         optimizer.zero_grad(set_to_none=True)
         loss(batch).backward()
+        if c.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(trained.values(), c.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["peak"]
         optimizer.step()
 
 

@@ -10,10 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fslora_jax.bench.engines import engine_round
+from fslora_jax.bench.engines import ONE_BY_ONE, engine_round
+from fslora_jax.bench.limits import TORCH
+from fslora_jax.bench.torch_loop import torch_device
 from fslora_jax.bench.work import fill_of, work_of
-from fslora_jax.config import ModelConfig, load_config
+from fslora_jax.chips import peak_rate
+from fslora_jax.config import Config, ModelConfig, load_config
 from fslora_jax.errors import UserError
+from fslora_jax.federation.setup import Federation, settle_devices
 
 PRODUCTS = 8
 """Matrix products of a measurement of the machine's best rate."""
@@ -34,6 +38,27 @@ def matmul_rate(model: ModelConfig) -> float:
     return 2 * n**3 / min(seconds)
 
 
+def devices_here() -> list[Any]:
+    """The devices that JAX computes on.
+
+    Raises:
+      UserError: there are none of the kind that was asked for.
+    """
+    try:
+        return jax.devices()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device: JAX cannot use what it names: {reason}; choose another") from None
+
+
+def peak_of(engine: str, config: Config, federation: Federation) -> float | None:
+    """The data sheets' operations a second of all devices that an engine computes on; None where one is not known."""
+    rate = peak_rate(devices_here()[0].device_kind, config.model.dtype)
+    if rate is None or (engine in TORCH and torch_device() != "cuda"):
+        return None
+    return rate * (federation.mesh.size if federation.mesh else 1)
+
+
 def peak_bytes() -> int:
     """Most memory that this process held: the device's where it counts, else the host's."""
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -51,8 +76,13 @@ def main() -> None:
     engine, path = sys.argv[1:]
     try:
         config = load_config(Path(path))
+        if engine not in ONE_BY_ONE:
+            settle_devices(config)
+        kind = devices_here()[0].device_kind
         federation, one_round = engine_round(engine, config)
-        say({"work": work_of(federation)._asdict(), "fill": fill_of(config, federation)})
+        work, peak = work_of(federation), peak_of(engine, config, federation)
+        fill = fill_of(config, federation)
+        say({"work": work._asdict(), "fill": fill, "device": kind, "peak_flops_per_second": peak})
         for command in sys.stdin:
             if command.strip() == "rate":
                 say({"flops_per_second": matmul_rate(config.model)})

@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from fslora_jax.chips import Chip
 from fslora_jax.config import Config
 from fslora_jax.data.batches import BatchShape
 from fslora_jax.models import Model
 from fslora_jax.plan.compiled import Compiled, compile_round
-from fslora_jax.plan.topology import Chip
 from fslora_jax.program import Collective
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fslora_jax.chips import GIB
 from fslora_jax.plan.search import Plan
-from fslora_jax.plan.topology import GIB
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:

@@ -4,31 +4,13 @@ import importlib.util
 import os
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.experimental import topologies
 
+from fslora_jax.chips import CHIPS, Chip
 from fslora_jax.errors import UserError
-
-GIB = 2**30
-
-
-class Chip(NamedTuple):
-    """What one chip can do, by its maker's data sheet: bytes of memory, bfloat16 operations, bytes from memory and to
-    other chips a second."""
-
-    memory: int
-    flops: float
-    memory_rate: float
-    link_rate: float
-
-
-CHIPS = {
-    "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9),
-    "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9),
-    "v6e": Chip(32 * GIB, 918e12, 1640e9, 448e9),
-}
 
 EXAMPLES = "v5e:4x4, v5p:4x4x4, v6e:16x16 or cpu:8"
 
