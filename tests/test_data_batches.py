@@ -43,15 +43,17 @@ def check_batch(batch: Batch, store: TokenStore, labels: np.ndarray, examples: n
         assert not np.asarray(cells)[padding].any()
 
 
-@given(seed=SEEDS, pack=st.booleans(), slack=st.integers(0, 2))
-def test_a_batch_gives_each_example_back(seed, pack, slack):
+@given(seed=SEEDS, pack=st.booleans(), slack=st.integers(0, 2), numbers=st.booleans())
+def test_a_batch_gives_each_example_back(seed, pack, slack, numbers):
     store, labels = random_store(seed)
+    labels = (labels / 4).astype(np.float32) if numbers else labels
     examples = np.random.default_rng(seed).integers(FILLER, 30, (2, 3, 7))
     shape = shape_for(store, examples, LENGTH, pack)
     shape = shape._replace(rows=shape.rows + slack)
     batch = make_batch(store, labels, examples, shape, pack)
     assert batch.tokens.shape == (2, 3, shape.rows, LENGTH)
-    assert [a.dtype for a in batch] == [np.int32] * 5 + [np.float32, np.int32]
+    kind = np.float32 if numbers else np.int32
+    assert [a.dtype for a in batch] == [np.int32] * 4 + [kind, np.float32, np.int32]
     for index in np.ndindex(2, 3):
         check_batch(Batch._make(part[index] for part in batch), store, labels, examples[index])
 

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import Int, Int32, Real
 
 from fslora_jax.data import packing
 from fslora_jax.data.tokens import TokenStore
@@ -46,7 +46,7 @@ def stream(
 
 def make_batch(
     store: TokenStore,
-    labels: Int[np.ndarray, " n"],
+    labels: Real[np.ndarray, " n"],
     examples: Int[np.ndarray, "*lead E"],
     shape: BatchShape,
     pack: bool,
@@ -72,7 +72,10 @@ def make_batch(
     segments = np.repeat(np.tile(np.arange(1, num_examples + 1), len(chosen)), count)
     cells = np.zeros((4, len(chosen) * num_rows * row_length), np.int32)
     cells[:, target] = store.tokens[source], segments, within, store.types[source]
-    labels_of = np.where(real, labels[chosen], 0).astype(np.int32).reshape(examples.shape)
+    kind = (
+        np.float32 if np.issubdtype(labels.dtype, np.floating) else np.int32
+    )  # numbers to predict, or classes
+    labels_of = np.where(real, labels[chosen], 0).astype(kind).reshape(examples.shape)
     weights = real.astype(np.float32).reshape(examples.shape)
     asked = target[store.learned[source] > 0] - 1  # a token is predicted at the one before it
     places = _places(asked, len(chosen) * num_rows, row_length, num_places).reshape(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int, Shaped
+from jaxtyping import Int, Real, Shaped
 
 from fslora_jax.data.batches import FILLER, BatchShape, make_batch, shape_for, stream
 from fslora_jax.data.partition import Partition
@@ -29,7 +29,7 @@ class Population(NamedTuple):
     """
 
     store: TokenStore
-    labels: Int[np.ndarray, " n"]
+    labels: Real[np.ndarray, " n"]
     examples: Partition
     ranks: Int[np.ndarray, " clients"]
     shares: np.ndarray
