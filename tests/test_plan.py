@@ -16,9 +16,12 @@ from jax.sharding import AbstractMesh, AxisType
 from fslora_jax.config import make_config
 from fslora_jax.data.batches import BatchShape
 from fslora_jax.errors import UserError
+from fslora_jax.federation.method import make_method
+from fslora_jax.methods import METHODS, Spec
 from fslora_jax.models.families import build_model
 from fslora_jax.plan import topology
-from fslora_jax.plan.compiled import abstract_arguments, layout_of, placed, round_of, text_of
+from fslora_jax.plan.abstract import abstract_arguments, abstract_model, placed
+from fslora_jax.plan.compiled import layout_of, round_of, text_of
 from fslora_jax.plan.search import moved, ways
 from fslora_jax.program import Collective, collectives, matmul_flops
 from fslora_jax.sharding import AXES, client_groups
@@ -68,6 +71,30 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   ROOT %move = f32[8]{0} collective-permute(%p), channel_id=6, source_target_pairs={{0,1},{1,0}}
 }
 """
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=4] {'axis_1'}", ("clients",)),
+        ("replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_1'}", ("tensor",)),
+        ("replica_groups=mesh['a'=4,'b'=2,'c'=2] {'a','c'}", ("clients", "tensor")),
+        ("replica_groups=mesh['a'=4,'b'=4], device_ids=([4,4]T(1,0)) {'a'}", ("fsdp", "tensor")),
+        ("replica_groups=mesh['a'=16] {'a':(4)2}", ("fsdp",)),
+        ("replica_groups={}", ("clients", "fsdp", "tensor")),
+    ],
+)
+def test_axes_of_groups_however_they_are_written(groups, axes):
+    line = f"  %sum = f32[10]{{0}} all-reduce(%p), channel_id=5, {groups}\n"
+    text = f"ENTRY %main (p: f32[10]) -> f32[10] {{\n{line}}}\n"
+    assert collectives(text, SIZES) == [Collective("all-reduce", axes, 40, 1)]
+
+
+def test_a_device_that_exchanges_with_itself_alone_is_not_told():
+    each = ",".join(f"{{{n}}}" for n in range(8))
+    line = f"  %sum = f32[10]{{0}} all-reduce(%p), channel_id=5, replica_groups={{{each}}}\n"
+    text = f"ENTRY %main (p: f32[10]) -> f32[10] {{\n{line}}}\n"
+    assert collectives(text, {"clients": 1, "fsdp": 8, "tensor": 1}) == []
 
 
 def test_collectives_with_their_axes_bytes_and_times():
@@ -238,6 +265,44 @@ def test_operations_grow_with_steps_and_not_with_chunks():
     assert 0.9 * once < chunked < 1.1 * once
 
 
+def trained_by(method, **wrappers):
+    """A tiny config that the method takes."""
+    plain = {"server_optimizer": {}, "model": {"name": "m"}}
+    f = runs.SETTINGS["federation"] | {"method": method, "wrappers": wrappers}
+    if METHODS[method].make(Spec({}, 8, 1.0), tiny().server_optimizer.build()).traits.full_rank:
+        f |= {"sketching_ratios": [1.0]}
+    return tiny(federation=f, **plain)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_round_of_every_method_is_planned(method):
+    assert matmul_flops(traced(trained_by(method)).jaxpr.jaxpr) > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "wrapper"), [("fslora", "compress"), ("hetlora", "personalise"), ("hafl", "personalise")]
+)
+def test_what_clients_remember_is_an_argument_of_the_round(method, wrapper):
+    config = trained_by(method, **{wrapper: {}})
+    model, found = model_of(config), make_method(config, Spec({}, 8, 1.0))
+    layout = layout_of(config, model, 1)
+    memory = abstract_arguments(config, model, BatchShape(3, 12, 0), layout)[-1].clients.memory
+    assert found.traits.remembers
+    assert {x.shape[:3] for x in jax.tree.leaves(memory)} == {(1, 1, 3)}
+    assert len(memory) == 1 + (method == "hetlora")
+    assert matmul_flops(traced(config).jaxpr.jaxpr) > 0
+
+
+def test_a_plan_packs_the_base_as_a_run_does(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(BERT))
+    held = {}
+    for quantization in ("none", "int8"):
+        config = tiny(model={"name": str(tmp_path), "quantization": quantization})
+        base = jax.eval_shape(abstract_model(config, 2).init_base, jax.random.key(0))
+        held[quantization] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base["layers"]))
+    assert 0.25 * held["none"] < held["int8"] < 0.5 * held["none"]
+
+
 def test_a_client_that_trains_alone_is_planned_at_its_own_rank():
     """Ratios of 0.25 and 0.5 in turn; one slot, whatever the cohort's size."""
     for client, k in ((0, 2), (3, 4)):
@@ -292,9 +357,10 @@ def plan_of(folder, name, *argv, fields=BERT):
 
 def test_a_plan_for_eight_cpus_reads_no_weights(tmp_path):
     file = tmp_path / "plan.json"
-    plan_of(tmp_path, "cpu:8", "--mesh.fsdp", "2", "--mesh.tensor", "2", "--json", file)
+    plan_of(tmp_path, "cpu:8", "--mesh.fsdp", "2", "--mesh.tensor", "2", "--rows", "3", "--json", file)
     (found,) = json.loads(file.read_text())["plans"]
     assert found["mesh"] == {"clients": 2, "fsdp": 2, "tensor": 2}
+    assert found["batch"]["rows"] == 4, "as many on each of two devices"
     assert found["fits"] is None
     assert found["bytes"]["arguments"] > 0 < found["bytes"]["temporaries"]
     over = {(c["kind"], *c["axes"]) for c in found["collectives"]}

@@ -1,20 +1,15 @@
 """``fslora plan``: does a round fit a TPU slice that is not here, and how fast can it be."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from fslora_jax import hub
 from fslora_jax.arguments import option, parse_config
-from fslora_jax.config import Config
 from fslora_jax.data.batches import BatchShape
-from fslora_jax.models import Model
-from fslora_jax.models.families import build_model
+from fslora_jax.plan.abstract import abstract_model
 from fslora_jax.plan.search import plans
 from fslora_jax.plan.show import as_dict, print_plans
 from fslora_jax.plan.topology import EXAMPLES, chip_of, devices_of, prepare
-from fslora_jax.tensors import read_object
 
 
 def plan_command(argv: Sequence[str]) -> None:
@@ -40,32 +35,12 @@ def plan_command(argv: Sequence[str]) -> None:
     topology = args["topology"]
     prepare(topology)
     row_length = config.data.row_length or config.data.max_length
-    rows, multiple = args["rows"] or config.federation.batch_size, config.federation.rows_per_pass or 1
-    shape = BatchShape(-(-rows // multiple) * multiple, row_length, 0 if args["num_labels"] else row_length)
+    rows, places = args["rows"] or config.federation.batch_size, 0 if args["num_labels"] else row_length
+    shape = BatchShape(rows, row_length, places)
     model = abstract_model(config, args["num_labels"])
     found = list(plans(config, model, shape, devices_of(topology), chip_of(topology), args["tries"]))
     if args["json"] is None:
         print_plans(found, topology)
     else:
-        values = {"topology": topology, "batch": shape._asdict(), "plans": [as_dict(plan) for plan in found]}
+        values = {"topology": topology, "plans": [as_dict(plan) for plan in found]}
         args["json"].write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
-def abstract_model(config: Config, num_labels: int, changes: Mapping[str, Any] | None = None) -> Model:
-    """The model of a config from its ``config.json`` alone, which may lie in a folder without weights.
-
-    ``changes`` replace fields that are there.
-    """
-    local = Path(config.model.name).expanduser() / "config.json"
-    path = local if local.is_file() else hub.resolve_model(config.model.name) / "config.json"
-    fields = dict(read_object(path))
-    return build_model(
-        fields | {name: value for name, value in (changes or {}).items() if name in fields},
-        num_labels=num_labels,
-        pooling=config.model.pooling,
-        task="sequence" if num_labels else "causal",
-        dtype=config.model.dtype,
-        lora_dropout=config.lora.lora_dropout,
-        attention=config.model.attention,
-        remat=config.model.remat,
-    )

@@ -18,6 +18,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "mesh": c.sizes,
         "cohort_chunks": plan.chunks,
         "clients": plan.clients,
+        "batch": c.shape._asdict(),
         "slots_of_a_group": c.slots,
         "fits": plan.fits,
         "failure": c.failure,
