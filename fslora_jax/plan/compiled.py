@@ -34,19 +34,20 @@ from fslora_jax.sharding import AXES, client_groups, make_mesh
 class Compiled(NamedTuple):
     """What the compiler says of one round, for one device; bytes, and operations of its matrix products.
 
-    ``read`` are the frozen weights that its products read. ``failure`` is why there is no program.
+    ``sizes`` are those of the mesh, ``shape`` that of a client's minibatch. ``read`` are the frozen weights that its
+    products read. ``failure`` is why there is no program; then the rest is what was known before.
     """
 
     sizes: dict[str, int]
-    shape: BatchShape
-    slots: int
-    arguments: int
-    temporaries: int
-    outputs: int
-    flops: float
-    read: float
-    exchanges: Sequence[Collective]
-    seconds: float
+    shape: BatchShape | None = None
+    slots: int = 0
+    arguments: int = 0
+    temporaries: int = 0
+    outputs: int = 0
+    flops: float = 0.0
+    read: float = 0.0
+    exchanges: Sequence[Collective] = ()
+    seconds: float = 0.0
     failure: str | None = None
 
 
@@ -75,13 +76,8 @@ def compile_round(config: Config, model: Model, shape: BatchShape, devices: Sequ
         sizes=sizes,
         shape=shape,
         slots=len(layout.caps) * config.federation.cohort_chunks,
-        arguments=0,
-        temporaries=0,
-        outputs=0,
         flops=matmul_flops(traced.jaxpr.jaxpr) / group,
         read=steps * 2 * weights / sizes["tensor"],  # forwards and backwards, at the least
-        exchanges=(),
-        seconds=0.0,
     )
     try:
         program = traced.lower().compile()
