@@ -450,8 +450,10 @@ def test_what_is_suggested(capsys, monkeypatch, compiler, options, line):
 def test_the_bound_decides_among_those_that_fit():
     plan = searched(linear(each=0.1))[0]
     few, many = (plan._replace(setting=Setting(n, 1, 1)) for n in (2, 4))
-    assert best([many, few]) is few, "of equal bounds"
-    assert best([many, few._replace(link_seconds=9.0)]) is many
+    near, far = (few._replace(link_seconds=factor * plan.seconds) for factor in (1.04, 1.06))
+    assert best([many, few]) is few
+    assert best([many, near]) is near, "as good"
+    assert best([many, far]) is many
     assert best([many._replace(fits=False)]) is None
 
 

@@ -11,6 +11,9 @@ from fslora_jax.plan.compiled import Compiled
 from fslora_jax.plan.topology import Chip
 from fslora_jax.program import Collective
 
+NEARLY = 1.05
+"""Times the best bound: as good."""
+
 
 class Job(NamedTuple):
     """What all tries share: clients of a round, rows of a minibatch that go through the model at a time, heads of the
@@ -176,6 +179,11 @@ def wider(setting: Setting, job: Job) -> Setting | None:
 
 
 def best(tried: Sequence[Plan]) -> Plan | None:
-    """Of the plans that fit, the one with the best bound; of equals, the one of fewest chunks."""
+    """Of the plans that fit, and whose bounds are the best or `NEARLY` so, the one of fewest chunks.
+
+    A bound knows that a part has an empty slot, not that small products keep a chip less busy.
+    """
     fitting = [plan for plan in tried if plan.fits]
-    return min(fitting, key=lambda plan: (plan.seconds or 0.0, plan.setting.chunks), default=None)
+    least = min((plan.seconds or 0.0 for plan in fitting), default=0.0)
+    near = [plan for plan in fitting if (plan.seconds or 0.0) <= NEARLY * least]
+    return min(near, key=lambda plan: plan.setting.chunks, default=None)
