@@ -1,4 +1,4 @@
-"""What a compiled program does: the collectives of its text, the matrix products of its jaxpr."""
+"""What a compiled program does: the collectives of its text, the matrix products of its jaxpr, its memory."""
 
 import math
 import re
@@ -20,9 +20,19 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*?\{\n(.*?)^\}", re.S | r
 _COLLECTIVE = re.compile(rf"^\s+(?:ROOT )?%\S+ = (.*?) ({'|'.join(KINDS)})(-start)?\(.*$", re.M)
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?((?:%[\w.-]+(?:, )?)+)")
 _ARRAY = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_AXIS = r"'(\w+)'(?::\((\d+)\)(\d+))?"
 _BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4} | {
     f"{kind}{bits}": bits for kind in "sufc" for bits in (8, 16, 32, 64, 128)
 }
+
+
+class Memory(NamedTuple):
+    """Bytes of a program on one device; temporaries with its code, outputs without what takes an argument's place."""
+
+    arguments: int
+    temporaries: int
+    outputs: int
 
 
 class Collective(NamedTuple):
@@ -34,12 +44,22 @@ class Collective(NamedTuple):
     times: int
 
 
+def memory_of(program: Any) -> Memory:
+    """What the compiler says of a compiled program's memory."""
+    found = program.memory_analysis()
+    return Memory(
+        arguments=found.argument_size_in_bytes,
+        temporaries=found.temp_size_in_bytes + found.generated_code_size_in_bytes,
+        outputs=found.output_size_in_bytes - found.alias_size_in_bytes,
+    )
+
+
 def collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
     """The collectives of an optimised program for devices in a mesh of these ``sizes``.
 
-    Loops count with their trips. XLA spreads an exchange over several fusions, whose computations each hold a copy,
-    and cuts one exchange of many arrays into several of the same channel: equal ones count as often as one
-    computation has them.
+    Loops count with their trips, and what a device exchanges with itself alone not at all. XLA spreads an exchange
+    over several fusions, whose computations each hold a copy, and cuts one exchange of many arrays into several of
+    the same channel: equal ones count as often as one computation has them.
     """
     bodies = dict(_COMPUTATION.findall(text))
     times = _executions(bodies, text)
@@ -54,7 +74,7 @@ def collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
             here.setdefault(key, []).append(Collective(kind, _axes(match[0], sizes), size, times[name]))
         for key, several in here.items():
             found[key] = max(found.get(key, []), several, key=len)
-    return [one for several in found.values() for one in several]
+    return [one for several in found.values() for one in several if one.axes]
 
 
 def _executions(bodies: Mapping[str, str], text: str) -> dict[str, int]:
@@ -112,12 +132,35 @@ def _groups(line: str, devices: int) -> list[list[int]]:
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line)
     if listed:
         return [[int(d) for d in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
-    if not iota:
-        return [list(range(devices))]
-    shape, dims, order = ([int(d) for d in part.split(",")] if part else None for part in iota.groups())
-    ids = np.arange(devices).reshape(dims or [devices])
-    return ids.transpose(order).reshape(shape or [-1]).tolist()
+    if iota := re.search(rf"replica_groups=\[([\d,]+)\]<={_IOTA}", line):
+        return _iota(iota[2], iota[3]).reshape(_numbers(iota[1])).tolist()
+    if mesh := re.search(rf"replica_groups=mesh\[(.*?)\](?:, device_ids=\({_IOTA}\))? \{{(.*?)\}}", line):
+        axes, dims, order, grouped = mesh.groups()
+        return _mesh_groups(axes, _iota(dims or str(devices), order), grouped)
+    return [list(range(devices))]
+
+
+def _mesh_groups(axes: str, ids: np.ndarray, grouped: str) -> list[list[int]]:
+    """Groups over axes of a mesh that XLA made up, or over a part of one: ``'x':(2)4`` has 2 before it, 4 in it."""
+    parts = {name: (before, part) for name, before, part in re.findall(_AXIS, grouped)}
+    dims: list[int] = []
+    for name, whole in re.findall(r"'(\w+)'=(\d+)", axes):
+        before, part = parts.get(name, ("1", "1"))
+        before, part = int(before or 1), int(part or whole)
+        dims += [before, part, int(whole) // (before * part)]
+    members = range(1, len(dims), 3)
+    others = [d for d in range(len(dims)) if d not in members]
+    return ids.reshape(dims).transpose([*others, *members]).reshape(-1, math.prod(dims[1::3])).tolist()
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """Device ids counted up in an array of these dimensions, which is then transposed."""
+    shape = _numbers(dims)
+    return np.arange(math.prod(shape)).reshape(shape).transpose(_numbers(order) if order else None)
+
+
+def _numbers(listed: str) -> list[int]:
+    return [int(number) for number in listed.split(",")]
 
 
 def matmul_flops(jaxpr: Any) -> int:

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import math
+import os
 import re
+import signal
 from collections import Counter
 
 import jax
@@ -16,10 +18,15 @@ from jax.sharding import AbstractMesh, AxisType
 from fslora_jax.config import make_config
 from fslora_jax.data.batches import BatchShape
 from fslora_jax.errors import UserError
+from fslora_jax.federation.method import make_method
+from fslora_jax.methods import METHODS, Spec
 from fslora_jax.models.families import build_model
 from fslora_jax.plan import topology
-from fslora_jax.plan.compiled import abstract_arguments, layout_of, placed, round_of, text_of
-from fslora_jax.plan.search import moved, ways
+from fslora_jax.plan.abstract import abstract_arguments, abstract_model, placed
+from fslora_jax.plan.apart import apart
+from fslora_jax.plan.compiled import Compiled, layout_of, round_of, text_of
+from fslora_jax.plan.search import Job, Plan, Setting, best, moved, plans
+from fslora_jax.plan.show import print_plans
 from fslora_jax.program import Collective, collectives, matmul_flops
 from fslora_jax.sharding import AXES, client_groups
 
@@ -68,6 +75,30 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   ROOT %move = f32[8]{0} collective-permute(%p), channel_id=6, source_target_pairs={{0,1},{1,0}}
 }
 """
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=4] {'axis_1'}", ("clients",)),
+        ("replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_1'}", ("tensor",)),
+        ("replica_groups=mesh['a'=4,'b'=2,'c'=2] {'a','c'}", ("clients", "tensor")),
+        ("replica_groups=mesh['a'=4,'b'=4], device_ids=([4,4]T(1,0)) {'a'}", ("fsdp", "tensor")),
+        ("replica_groups=mesh['a'=16] {'a':(4)2}", ("fsdp",)),
+        ("replica_groups={}", ("clients", "fsdp", "tensor")),
+    ],
+)
+def test_axes_of_groups_however_they_are_written(groups, axes):
+    line = f"  %sum = f32[10]{{0}} all-reduce(%p), channel_id=5, {groups}\n"
+    text = f"ENTRY %main (p: f32[10]) -> f32[10] {{\n{line}}}\n"
+    assert collectives(text, SIZES) == [Collective("all-reduce", axes, 40, 1)]
+
+
+def test_a_device_that_exchanges_with_itself_alone_is_not_told():
+    each = ",".join(f"{{{n}}}" for n in range(8))
+    line = f"  %sum = f32[10]{{0}} all-reduce(%p), channel_id=5, replica_groups={{{each}}}\n"
+    text = f"ENTRY %main (p: f32[10]) -> f32[10] {{\n{line}}}\n"
+    assert collectives(text, {"clients": 1, "fsdp": 8, "tensor": 1}) == []
 
 
 def test_collectives_with_their_axes_bytes_and_times():
@@ -238,6 +269,44 @@ def test_operations_grow_with_steps_and_not_with_chunks():
     assert 0.9 * once < chunked < 1.1 * once
 
 
+def trained_by(method, **wrappers):
+    """A tiny config that the method takes."""
+    plain = {"server_optimizer": {}, "model": {"name": "m"}}
+    f = runs.SETTINGS["federation"] | {"method": method, "wrappers": wrappers}
+    if METHODS[method].make(Spec({}, 8, 1.0), tiny().server_optimizer.build()).traits.full_rank:
+        f |= {"sketching_ratios": [1.0]}
+    return tiny(federation=f, **plain)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_round_of_every_method_is_planned(method):
+    assert matmul_flops(traced(trained_by(method)).jaxpr.jaxpr) > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "wrapper"), [("fslora", "compress"), ("hetlora", "personalise"), ("hafl", "personalise")]
+)
+def test_what_clients_remember_is_an_argument_of_the_round(method, wrapper):
+    config = trained_by(method, **{wrapper: {}})
+    model, found = model_of(config), make_method(config, Spec({}, 8, 1.0))
+    layout = layout_of(config, model, 1)
+    memory = abstract_arguments(config, model, BatchShape(3, 12, 0), layout)[-1].clients.memory
+    assert found.traits.remembers
+    assert {x.shape[:3] for x in jax.tree.leaves(memory)} == {(1, 1, 3)}
+    assert len(memory) == 1 + (method == "hetlora")
+    assert matmul_flops(traced(config).jaxpr.jaxpr) > 0
+
+
+def test_a_plan_packs_the_base_as_a_run_does(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(BERT))
+    held = {}
+    for quantization in ("none", "int8"):
+        config = tiny(model={"name": str(tmp_path), "quantization": quantization})
+        base = jax.eval_shape(abstract_model(config, 2).init_base, jax.random.key(0))
+        held[quantization] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base["layers"]))
+    assert 0.25 * held["none"] < held["int8"] < 0.5 * held["none"]
+
+
 def test_a_client_that_trains_alone_is_planned_at_its_own_rank():
     """Ratios of 0.25 and 0.5 in turn; one slot, whatever the cohort's size."""
     for client, k in ((0, 2), (3, 4)):
@@ -245,10 +314,166 @@ def test_a_client_that_trains_alone_is_planned_at_its_own_rank():
         assert layout_of(config, model_of(config), 1).caps == (k,)
 
 
-def test_ways_to_save_memory_keep_the_clients():
-    found = list(ways(tiny(), 8))
-    assert [(w.federation.cohort_chunks, w.mesh.fsdp) for w in found] == [(1, 1), (1, 2), (2, 4), (3, 8)]
-    assert all(w.clients_per_round == 3 for w in found)
+CHIP = topology.Chip(memory=16 * topology.GIB, flops=1e12, memory_rate=1e12, link_rate=1e12)
+
+
+def linear(base=2.0, each=1.2, more=0.0, most=math.inf):
+    """A compiler whose programs take so many GiB: of weights in each group, for each client at a time, and besides.
+
+    Beyond ``most`` there is no program, and nothing measured.
+    """
+
+    def compiler(config):
+        mesh, f = config.mesh, config.federation
+        sizes = {"clients": 8 // (mesh.fsdp * mesh.tensor), "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+        slots = -(-config.clients_per_round // sizes["clients"])
+        at_once = -(-slots // f.cohort_chunks)
+        group = mesh.fsdp * mesh.tensor
+        inputs, temporaries = base / group, (more + each * at_once) / group
+        if inputs + temporaries > most:
+            return Compiled(sizes, flops=1e12, failure="RESOURCE_EXHAUSTED")
+        gib = topology.GIB
+        return Compiled(
+            sizes,
+            slots=slots,
+            arguments=round(inputs * gib),
+            temporaries=round(temporaries * gib),
+            flops=1e12,
+            read=1e12 * f.cohort_chunks,
+        )
+
+    return compiler
+
+
+def searched(compiler, clients=160, chunks=1, fsdp=1, tries=4, rows=4, heads=2):
+    """The plans of 160 clients, 20 on each of 8 devices."""
+    f = runs.SETTINGS["federation"] | {"num_clients": clients, "clients_per_round": None}
+    config = tiny(federation=f | {"cohort_chunks": chunks}, mesh={"fsdp": fsdp})
+    return list(plans(config, Job(clients, rows, heads, 8, CHIP), compiler, tries))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "chunks", "tried"),
+    [
+        (linear(each=1.2), 1, [1, 2]),  # 10 x 1.2 and 2 are 14 of 16 GiB
+        (linear(each=1.2, more=3.0), 1, [1, 2, 3]),  # 2 chunks should fit, were there nothing but clients
+        (linear(each=1.2, most=16), 1, [1, 20, 2]),  # nothing is measured at first
+        (linear(each=1.2, more=3.0, most=16), 1, [1, 20, 7, 3]),
+        (linear(each=1.2, most=13), 1, [1, 20, 2, 3]),  # the compiler wants some of the memory for itself
+        (linear(each=0.1), 1, [1]),
+        (linear(each=0.1), 4, [4, 1]),  # memory is free: more clients at a time
+        (linear(each=1.2), 20, [20, 2]),
+        (linear(each=1.2), 2, [2]),
+        (linear(each=0.0), 5, [5, 1]),
+    ],
+)
+def test_as_many_clients_at_a_time_as_should_fit(compiler, chunks, tried):
+    found = searched(compiler, chunks=chunks)
+    assert [plan.setting for plan in found] == [Setting(n, 1, 1) for n in tried]
+    assert best(found) is found[-1]
+    assert found[-1].fits
+
+
+def test_where_one_client_does_not_fit_weights_are_spread_and_then_heads():
+    found = searched(linear(base=100.0, each=24.0), tries=9)
+    assert [plan.setting[1:] for plan in found] == [(1, 1), (1, 1), (2, 1), (4, 1), (4, 2)]
+    assert [plan.setting.chunks for plan in found] == [1, 20, 40, 80, 160]
+    assert not any(plan.fits for plan in found[:-1])
+    assert found[-1].fits
+    assert [plan.clients for plan in found] == [160] * 5
+    assert len(searched(linear(base=100.0, each=24.0), tries=3)) == 3
+    assert {p.setting[1:] for p in searched(linear(base=1e4), tries=9, rows=2, heads=3)} == {(1, 1), (2, 1)}
+
+
+def test_settings_that_do_not_go_together_are_a_try_that_failed():
+    def compiler(config):
+        if config.mesh.fsdp == 2:
+            raise UserError("mesh.fsdp: found 2")
+        return linear(base=60.0)(config)
+
+    found = searched(compiler, tries=9)
+    assert [plan.setting[1:] for plan in found] == [(1, 1), (1, 1), (2, 1), (4, 1), (4, 1)]
+    assert [plan.compiled.failure for plan in found if plan.setting.fsdp == 2] == ["mesh.fsdp: found 2"]
+    with pytest.raises(UserError, match="found 2"):
+        searched(compiler, fsdp=2)
+
+
+def test_a_compiler_that_dies_is_a_try_that_failed():
+    """It dies where several clients meet."""
+
+    def compiler(config):
+        if config.federation.cohort_chunks < 20:
+            return apart(signal.raise_signal, signal.SIGKILL)
+        return linear(each=13.0)(config)
+
+    found = searched(compiler)
+    assert [plan.setting.chunks for plan in found] == [1, 20]
+    assert "the compiler died" in found[0].compiled.failure
+    assert [plan.fits for plan in found] == [False, True]
+    assert apart(os.getpid) != os.getpid()
+    with pytest.raises(UserError, match="gpu:8"):
+        apart(topology.chip_of, "gpu:8")
+
+
+def printed(capsys, found, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    print_plans(found, "v5e:2x4")
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("compiler", "options", "line"),
+    [
+        (linear(), {}, "suggested: --federation.cohort-chunks 2 --mesh.fsdp 1 --mesh.clients -1"),
+        (linear(), {"chunks": 2}, "suggested: the config's own settings"),
+        (
+            linear(each=0.1),
+            {"chunks": 4},
+            "suggested: --federation.cohort-chunks 1 --mesh.fsdp 1 --mesh.clients -1",
+        ),
+        (
+            linear(base=100.0, each=24.0),
+            {"tries": 5},
+            "suggested: --federation.cohort-chunks 160 --mesh.fsdp 4 --mesh.clients -1 --mesh.tensor 2",
+        ),
+        (
+            linear(base=1e4),
+            {},
+            "no try fits: more chips, model.remat: full, a smaller batch, or --tries for more settings",
+        ),
+    ],
+)
+def test_what_is_suggested(capsys, monkeypatch, compiler, options, line):
+    assert printed(capsys, searched(compiler, **options), monkeypatch).splitlines()[-1] == line
+
+
+def test_the_bound_decides_among_those_that_fit():
+    plan = searched(linear(each=0.1))[0]
+    few, many = (plan._replace(setting=Setting(n, 1, 1)) for n in (2, 4))
+    near, far = (few._replace(link_seconds=factor * plan.seconds) for factor in (1.04, 1.06))
+    assert best([many, few]) is few
+    assert best([many, near]) is near, "as good"
+    assert best([many, far]) is many
+    assert best([many._replace(fits=False)]) is None
+
+
+def test_the_table_fits_a_terminal(capsys, monkeypatch):
+    """Of the largest numbers that are likely."""
+    sizes = {"clients": 1024, "fsdp": 16, "tensor": 1}
+    exchanges = [Collective("all-reduce", ("clients",), 11_800_000, 1)]
+    compiled = Compiled(
+        sizes, arguments=80 * 2**30, temporaries=12 * 2**30, flops=1905e12, exchanges=exchanges
+    )
+    large = Plan(Setting(128, 16, 1), 131_072, compiled, True, 0.0123, 0.01, 0.01)
+    dead = large._replace(compiled=Compiled(sizes, failure="the compiler died"), fits=False)
+    said = printed(
+        capsys, [large, dead._replace(compute_seconds=0.0, memory_seconds=0.0, link_seconds=0.0)], monkeypatch
+    )
+    assert "…" not in said
+    for part in ("clients/s", "1024x16x1", "10,656,260", "1,905", "0.0123", "92.00"):
+        assert part in said
+    assert "1024x16x1, chunks 128: all-reduce over clients: 11.8 MB a round" in said
+    assert "1024x16x1, chunks 128: the compiler died" in said
 
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:4", "v7:4x4", "cpu:0", "gpu:8"])
@@ -292,9 +517,12 @@ def plan_of(folder, name, *argv, fields=BERT):
 
 def test_a_plan_for_eight_cpus_reads_no_weights(tmp_path):
     file = tmp_path / "plan.json"
-    plan_of(tmp_path, "cpu:8", "--mesh.fsdp", "2", "--mesh.tensor", "2", "--json", file)
-    (found,) = json.loads(file.read_text())["plans"]
+    plan_of(tmp_path, "cpu:8", "--mesh.fsdp", "2", "--mesh.tensor", "2", "--rows", "3", "--json", file)
+    said = json.loads(file.read_text())
+    (found,) = said["plans"]
+    assert said["best"] is None, "a CPU has no data sheet"
     assert found["mesh"] == {"clients": 2, "fsdp": 2, "tensor": 2}
+    assert found["batch"]["rows"] == 4, "as many on each of two devices"
     assert found["fits"] is None
     assert found["bytes"]["arguments"] > 0 < found["bytes"]["temporaries"]
     over = {(c["kind"], *c["axes"]) for c in found["collectives"]}
@@ -308,8 +536,10 @@ def test_a_plan_for_a_tpu_slice(tmp_path):
     """The TPU compiler once trained the cohort twice, for adapters and heads apart."""
     file = tmp_path / "plan.json"
     plan_of(tmp_path, "v5e:4x4", "--federation.num-clients", "16", "--json", file)
-    (found,) = json.loads(file.read_text())["plans"]
+    said = json.loads(file.read_text())
+    (found,) = said["plans"]
     assert found["fits"]
+    assert said["best"]["federation"] == {"cohort_chunks": 1}
     assert [(c["kind"], c["axes"]) for c in found["collectives"]] == [("all-reduce", ["clients"])]
 
 

@@ -11,10 +11,10 @@ import runs
 
 from fslora_jax.config import make_config
 from fslora_jax.models.kernels import laid_out
-from fslora_jax.plan.command import abstract_model
+from fslora_jax.plan.abstract import abstract_model
 from fslora_jax.scale import command
 from fslora_jax.scale import measure as measuring
-from fslora_jax.scale.curves import CURVES, Point
+from fslora_jax.scale.curves import CURVES, Point, changed
 from fslora_jax.scale.measure import measure
 from fslora_jax.scale.worker import analysed, prepared, sizes_of
 
@@ -85,12 +85,13 @@ def test_weak_and_strong_scaling(config):
     assert points("devices", config, 2)["weak"].config.federation.cohort_chunks == 1
 
 
-def rounds(point):
-    return prepared(point, abstract_model(point.config, LABELS, point.fields))
+def rounds(point, folder):
+    return prepared(point, abstract_model(point.config, LABELS, point.fields), folder)
 
 
-def test_a_point_is_a_round_on_texts_of_one_length(config):
-    facts, one_round = rounds(points("length", config, 12)["one text a row"])
+def test_a_point_is_a_round_on_texts_of_one_length(config, tmp_path):
+    point = points("length", config, 12)["one text a row"]
+    facts, one_round = rounds(point, tmp_path)
     found = one_round()
     assert 0 < found["feed_seconds"] < found["seconds"]
     tokens = CLIENTS * 2 * 12 * 4 * 4  # clients, texts, tokens; four arrays of 4 bytes
@@ -98,6 +99,17 @@ def test_a_point_is_a_round_on_texts_of_one_length(config):
     weights = 4 * sizes_of(jax.eval_shape(partial(laid_out, remat=config.model.remat), made))
     assert tokens + weights < facts["arguments"] < 1.2 * (tokens + weights)
     assert facts["exchanged"] == 0
+    assert facts["outputs"] == analysed(point, abstract_model(point.config, LABELS))["outputs"]
+
+
+def test_a_point_whose_clients_remember_something(config, tmp_path):
+    wrapped = changed(config, federation={"wrappers": {"personalise": {"parts": ["b"]}}})
+    plain, own = (
+        rounds(points("length", c, 12)["one text a row"], tmp_path / name)
+        for name, c in (("plain", config), ("own", wrapped))
+    )
+    assert own[0]["arguments"] > plain[0]["arguments"]
+    assert own[1]()["seconds"] > 0
 
 
 def test_what_two_processes_exchange_is_one_sum_of_the_adapter(config):

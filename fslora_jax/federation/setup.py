@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,14 +112,21 @@ def load_base(config: Config, folder: Path, num_labels: int, mesh: Mesh | None) 
         folder,
         task=model_task(config.data),
         num_labels=num_labels,
-        pooling=config.model.pooling,
-        dtype=config.model.dtype,
-        lora_dropout=config.lora.lora_dropout,
-        attention=config.model.attention,
-        remat=config.model.remat,
-        quantization=config.model.quantization,
         placement=None if mesh is None else partial(base_sharding, mesh),
+        **model_options(config),
     )
+
+
+def model_options(config: Config) -> dict[str, Any]:
+    """What a config says of its model, as `build_model` takes it; task and labels are a matter of the data."""
+    return {
+        "pooling": config.model.pooling,
+        "dtype": config.model.dtype,
+        "lora_dropout": config.lora.lora_dropout,
+        "attention": config.model.attention,
+        "remat": config.model.remat,
+        "quantization": config.model.quantization,
+    }
 
 
 def set_up(config: Config, beside: Federation | None = None) -> Federation:
@@ -168,7 +175,7 @@ def federation_of(config: Config, task: Task, mesh: Mesh | None) -> Federation:
         min_local_steps=f.min_local_steps,
         failure_rate=f.failure_rate,
         wanted=f.clients_per_round if f.clients_asked else None,
-        row_multiple=f.rows_per_pass or config.mesh.fsdp,
+        row_multiple=row_multiple(config),
         passes=passes_of(config, mesh),
     )
     planned = planned_rounds(steps, f.num_rounds, config.clients_per_round)
@@ -190,6 +197,11 @@ def federation_of(config: Config, task: Task, mesh: Mesh | None) -> Federation:
         shape=shape,
         mesh=mesh,
     )
+
+
+def row_multiple(config: Config) -> int:
+    """What divides the rows of a minibatch: a pass of them, else the devices that share them out."""
+    return config.federation.rows_per_pass or config.mesh.fsdp
 
 
 def passes_of(config: Config, mesh: Mesh | None) -> Passes | None:

@@ -1,6 +1,7 @@
 """Devices to compile for: TPU slices by name, or virtual CPU devices."""
 
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -29,6 +30,15 @@ def chip_of(topology: str) -> Chip | None:
     return CHIPS[kind]
 
 
+def count_of(topology: str) -> int:
+    """How many devices a slice has.
+
+    >>> count_of("v5p:4x4x4")
+    64
+    """
+    return math.prod(int(size) for size in topology.partition(":")[2].split("x"))
+
+
 def prepare(topology: str) -> None:
     """Settings that must be made before JAX touches a device."""
     jax.config.update("jax_platforms", "cpu")
@@ -41,7 +51,7 @@ def prepare(topology: str) -> None:
     )
     os.environ.pop("TPU_ACCELERATOR_TYPE", None)
     if chip_of(topology) is None:
-        jax.config.update("jax_num_cpu_devices", int(topology.partition(":")[2]))
+        jax.config.update("jax_num_cpu_devices", count_of(topology))
 
 
 def devices_of(topology: str) -> Sequence[Any]:

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,14 @@ from fslora_jax.config import make_config
 from fslora_jax.data.batches import BatchShape
 from fslora_jax.errors import UserError
 from fslora_jax.federation.calls import cohort_of, compile_round, training_base
-from fslora_jax.federation.setup import initial_server, run_constants
+from fslora_jax.federation.memories import remembering
+from fslora_jax.federation.setup import initial_server, open_memories, run_constants
 from fslora_jax.models import Model
 from fslora_jax.plan import compiled as plan
-from fslora_jax.plan.command import abstract_model
+from fslora_jax.plan.abstract import abstract_model
 from fslora_jax.plan.search import moved
 from fslora_jax.processes import ENVIRONMENT, join
-from fslora_jax.program import Collective, collectives
+from fslora_jax.program import Collective, collectives, memory_of
 from fslora_jax.scale.curves import Point
 from fslora_jax.scale.made import LABELS, made_federation
 from fslora_jax.sharding import AXES, CLIENTS
@@ -55,26 +56,28 @@ def analysed(point: Point, model: Model) -> dict[str, Any]:
     }
 
 
-def prepared(point: Point, model: Model) -> tuple[dict[str, Any], Any]:
-    """What the compiler says of the round, and a function that does it: seconds in all, and of these to feed it."""
+def prepared(point: Point, model: Model, folder: Path) -> tuple[dict[str, Any], Any]:
+    """What the compiler says of the round, and a function that does it: seconds in all, and of these to feed it.
+
+    What clients remember lies in ``folder``.
+    """
     config, federation = point.config, made_federation(point.config, model)
     server, constants = initial_server(config, federation), run_constants(config, federation.mesh)
-    base, cohort = training_base(config, federation), cohort_of(config, federation, 0)
+    memories = open_memories(config, federation, server, folder / "memories")
+    base, cohort = training_base(config, federation), remembering(cohort_of(config, federation, 0), memories)
     program, seconds = compile_round(config, federation, base, server, constants, cohort)
-    mesh, memory = federation.mesh, cast(Any, program.memory_analysis())
+    mesh = federation.mesh
     sizes = {axis: 1 if mesh is None else int(mesh.shape[axis]) for axis in AXES}
     facts = {
         "compile_seconds": seconds,
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "outputs": memory.output_size_in_bytes,
+        **memory_of(program)._asdict(),
         "exchanged": exchanged(collectives(program.as_text() or "", sizes), sizes),
     }
 
     def one_round() -> dict[str, float]:
         before = jax.block_until_ready(jax.tree.map(jnp.copy, server))
         started = time.perf_counter()
-        cohort = jax.block_until_ready(cohort_of(config, federation, 0))
+        cohort = jax.block_until_ready(remembering(cohort_of(config, federation, 0), memories))
         fed = time.perf_counter()
         jax.block_until_ready(program(base, before, constants, cohort))
         return {"seconds": time.perf_counter() - started, "feed_seconds": fed - started}
@@ -94,7 +97,7 @@ def main() -> None:
         if not point.runs:
             say(analysed(point, model) | parameters)
             return
-        facts, one_round = prepared(point, model)
+        facts, one_round = prepared(point, model, Path(sys.argv[1]).parent)
         say(facts | parameters)
         for command in sys.stdin:
             say({"peak_bytes": peak_bytes()} if command.strip() == "peak" else one_round())
