@@ -15,6 +15,7 @@ import runs
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractMesh, AxisType
 
+from fslora_jax.chips import GIB, Chip
 from fslora_jax.config import make_config
 from fslora_jax.data.batches import BatchShape
 from fslora_jax.errors import UserError
@@ -314,7 +315,7 @@ def test_a_client_that_trains_alone_is_planned_at_its_own_rank():
         assert layout_of(config, model_of(config), 1).caps == (k,)
 
 
-CHIP = topology.Chip(memory=16 * topology.GIB, flops=1e12, memory_rate=1e12, link_rate=1e12)
+CHIP = Chip(memory=16 * GIB, flops=1e12, memory_rate=1e12, link_rate=1e12)
 
 
 def linear(base=2.0, each=1.2, more=0.0, most=math.inf):
@@ -332,12 +333,11 @@ def linear(base=2.0, each=1.2, more=0.0, most=math.inf):
         inputs, temporaries = base / group, (more + each * at_once) / group
         if inputs + temporaries > most:
             return Compiled(sizes, flops=1e12, failure="RESOURCE_EXHAUSTED")
-        gib = topology.GIB
         return Compiled(
             sizes,
             slots=slots,
-            arguments=round(inputs * gib),
-            temporaries=round(temporaries * gib),
+            arguments=round(inputs * GIB),
+            temporaries=round(temporaries * GIB),
             flops=1e12,
             read=1e12 * f.cohort_chunks,
         )
