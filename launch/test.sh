@@ -12,7 +12,7 @@ debian_packages() {
   [ "$(id -u)" = 0 ] && command -v apt-get && timeout 300 apt-get update || return
   for packages in chromium "munge slurmctld slurmd slurm-client"; do
     # shellcheck disable=SC2086
-    DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y --no-install-recommends $packages || missing=yes
+    DEBIAN_FRONTEND=noninteractive timeout 240 apt-get install -y --no-install-recommends $packages || missing=yes
   done
   [ -z "${missing:-}" ]
 }
