@@ -86,9 +86,9 @@ def test_several_processes_that_are_asked_to_stop_have_saved_when_the_script_end
         "while :; do sleep 0.1; done\n"
     )
     stand_in.chmod(0o755)
-    process = subprocess.Popen(
-        [LAUNCH / "several.sh", "2", *RUN], env=os.environ | {"FSLORA": str(stand_in)}, start_new_session=True
-    )
+    # A shell cannot trap what is ignored where it starts, as Ctrl-C is by tests in the background.
+    command = ["env", "--default-signal=INT", LAUNCH / "several.sh", "2", *RUN]
+    process = subprocess.Popen(command, env=os.environ | {"FSLORA": str(stand_in)}, start_new_session=True)
     try:
         latest = time.monotonic() + 60
         while len(list(tmp_path.glob("here *"))) < 2 and time.monotonic() < latest:
@@ -98,6 +98,7 @@ def test_several_processes_that_are_asked_to_stop_have_saved_when_the_script_end
         assert len(list(tmp_path.glob("saved *"))) == 2
     finally:
         process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize(
