@@ -104,9 +104,10 @@ from pathlib import Path
 from fslora_jax.federation.running import Running
 here, write = Path({here!r}), Running.write
 def told(self, speed=None):
+    records = self._records
     write(self, speed)
     with (here / "log").open("a") as file:
-        for record in self._records:
+        for record in records:
             file.write(f"{{os.getpid()}} {{self.run_dir}} {{record['round']}}\\n")
 Running.write = told
 (here / str(os.getpid())).touch()
