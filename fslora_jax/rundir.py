@@ -20,7 +20,7 @@ from fslora_jax.errors import UserError, of_other_version
 from fslora_jax.provenance import provenance
 
 CONFIG, METRICS, SUMMARY, MEMORIES = "config.yaml", "metrics.jsonl", "summary.json", "clients"
-START, MADE_BY = "start", "made_by.json"
+START, MADE_BY, CHECKPOINTS = "start", "made_by.json", "checkpoints"
 FOUND = ("before", "after", "rounds", "up_bytes", "down_bytes", "compile_seconds", "median_round_seconds")
 """What others take from ``summary.json``."""
 
@@ -76,7 +76,7 @@ def keep_data(run_dir: Path, fingerprint: str) -> None:
     """
     made_by = read_mapping(run_dir / MADE_BY) if (run_dir / MADE_BY).exists() else {}
     known = made_by.get("data", fingerprint)
-    if known != fingerprint and (run_dir / METRICS).exists():
+    if known != fingerprint and has_begun(run_dir):
         raise UserError(
             f"{run_dir}: was begun with other data (fingerprint {known}, now {fingerprint}); put back what data.name "
             "and data.test_name held, or choose another --run-dir"
@@ -114,13 +114,19 @@ def open_run(run_dir: Path, config: Config) -> Iterator[None]:
             f"{run_dir}: cannot be made or written: {error.strerror}; choose another --run-dir"
         ) from None
     with lock:
-        if known.exists() and (run_dir / METRICS).exists():  # without it nothing was trained
+        if known.exists() and has_begun(run_dir):
             _check_same(run_dir, config)
         else:
             write_atomically(known, dump_config(config))  # first: it makes this a run folder
             shutil.rmtree(run_dir / START, ignore_errors=True)  # perhaps of another config
             write_atomically(run_dir / MADE_BY, json.dumps(provenance(), indent=1) + "\n")
         yield
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Whether there is anything of a training in a run folder: a record, or a checkpoint whose records are gone."""
+    saved = (run_dir / CHECKPOINTS).glob("*")
+    return (run_dir / METRICS).exists() or any(path.name.isdecimal() for path in saved)
 
 
 def load_run_config(run_dir: Path) -> Config:

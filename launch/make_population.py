@@ -4,8 +4,8 @@
 usage: python launch/make_population.py FOLDER [EXAMPLES, by default 2,000,000]
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +83,9 @@ def make_texts(path: Path, count: int) -> None:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    make_model(target / "model")
-    make_texts(target / "texts.csv", int(sys.argv[2]) if len(sys.argv) > 2 else 2_000_000)
+    parser = argparse.ArgumentParser(description="A tiny random BERT and short labelled texts.")
+    parser.add_argument("folder", type=Path, help="where model/ and texts.csv go")
+    parser.add_argument("examples", type=int, nargs="?", default=2_000_000, help="how many texts")
+    args = parser.parse_args()
+    make_model(args.folder / "model")
+    make_texts(args.folder / "texts.csv", args.examples)

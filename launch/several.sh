@@ -6,6 +6,7 @@
 set -euo pipefail
 count=${1:?usage: launch/several.sh N CONFIG --run-dir DIR [--SETTING VALUE ...]}
 shift
+[[ $count =~ ^[1-9][0-9]*$ ]] || { echo "several.sh: N: found '$count', expected a number of processes" >&2; exit 2; }
 fslora=${FSLORA:-$(dirname "$0")/../.venv/bin/fslora}
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:${PORT:-9876} JAX_NUM_PROCESSES=$count
 started=()
@@ -23,7 +24,7 @@ done
 for ((number = 0; number < count; number++)); do
   wait -n || { # the first that fails ends the script, and with it the others
     code=$?
-    echo "several.sh: a process ended with code $code; the same command goes on from the last checkpoint" >&2
+    [ "$code" = 2 ] || echo "several.sh: a process ended with code $code; the same command goes on from the last checkpoint" >&2
     exit "$code"
   }
 done

@@ -333,6 +333,29 @@ def test_a_run_goes_on_from_the_last_checkpoint_that_can_be_read(interrupted, fi
     assert sorted(path.name for path in newest.parent.iterdir()) == ["2", "4", "4.unreadable"]
 
 
+def torn(path: Path) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2]) + lines[2][:20])
+
+
+@pytest.mark.parametrize("damage", [torn, Path.unlink])
+def test_a_run_does_not_go_on_without_the_record_of_a_round(interrupted, capsys, damage):
+    """As a machine that crashed may leave it: there would be a round that nobody knows anything of."""
+    damage(interrupted.run / "metrics.jsonl")
+    before = contents(interrupted.run)
+    said = interrupted.refused(capsys)
+    round = 0 if damage is Path.unlink else 2
+    assert f"metrics.jsonl: no record of round {round}, though there is a checkpoint of round 2" in said
+    assert contents(interrupted.run) == before
+
+
+def test_checkpoints_whose_records_are_gone_are_still_of_their_config(interrupted, capsys, tmp_path):
+    (interrupted.run / "metrics.jsonl").unlink()
+    config = runs.write_config(tmp_path / "other.yaml", interrupted.world, seed=77)
+    said = runs.mistake(interrupted.world, capsys, "train", config, "--run-dir", interrupted.run)
+    assert "holds a run with seed = 0, but this config has 77" in said
+
+
 def meetings(run: Path, word: str) -> dict[int, list[int]]:
     """Round -> the clients who train on a word in it, from the third round on."""
     config = load_config(run / "config.yaml")

@@ -70,9 +70,16 @@ def test_several_processes_know_each_other(call):
         f"fslora id={n} of=3 at=127.0.0.1:5000 train configs/x.yaml --run-dir /runs/a b --distributed"
         for n in range(3)
     ]
-    code, calls, err = call("several.sh", "3", *RUN, fails="fslora 1", code=2)
-    assert code == 2
-    assert "ended with code 2; the same command goes on from the last checkpoint" in err
+    for failed in (2, LOST_CODE):
+        code, calls, err = call("several.sh", "3", *RUN, fails="fslora 1", code=failed)
+        assert code == failed
+        assert ("the same command goes on from the last checkpoint" in err) == (
+            failed != 2
+        )  # not after a mistake
+    for count in ("0", "two"):
+        code, calls, err = call("several.sh", count, *RUN)
+        assert (code, calls) == (2, [])
+        assert f"N: found '{count}', expected a number of processes" in err
     assert "usage" in call("several.sh")[2]
 
 

@@ -476,7 +476,9 @@ def test_the_table_fits_a_terminal(capsys, monkeypatch):
     assert "1024x16x1, chunks 128: the compiler died" in said
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:4", "v7:4x4", "cpu:0", "gpu:8"])
+@pytest.mark.parametrize(
+    "name", ["v5e", "v5e:4", "v5e:4x4x4", "v5p:4x4", "v6e:0x4", "v7:4x4", "cpu:0", "gpu:8"]
+)
 def test_an_unknown_slice_is_named(name):
     with pytest.raises(UserError, match=f"--topology: found '{name}'; expected such as v5e:4x4"):
         topology.chip_of(name)

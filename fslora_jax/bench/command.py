@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from errno import EISDIR
 from os import strerror
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryFile
 from typing import Any
 
@@ -149,7 +150,7 @@ def print_table(record: dict[str, Any]) -> None:
     for engine, row in rows.items():
         table.add_row(
             engine,
-            three_digits(sorted(row["seconds"])[len(row["seconds"]) // 2]),
+            three_digits(median(row["seconds"])),
             f"{row['compile_seconds']:.1f}",
             f"{row['tokens_per_second']:,.0f}",
             f"{row['clients_per_second']:.2f}",

@@ -18,7 +18,7 @@ from fslora_jax.federation.setup import Federation, global_model, initial_server
 from fslora_jax.federation.written import measure_written
 from fslora_jax.methods import Server, whole
 from fslora_jax.models import load_model
-from fslora_jax.rundir import load_run_config, own_start
+from fslora_jax.rundir import CHECKPOINTS, load_run_config, own_start
 from fslora_jax.types import Trainable
 
 MODEL_OF: dict[str, dict[str, Any]] = {
@@ -45,11 +45,13 @@ def load_round(run_dir: Path, round: int | None) -> Loaded:
       UserError: no run folder, or no checkpoint of that round.
     """
     config = own_start(run_dir, load_run_config(run_dir))
-    checkpoints = Checkpoints(run_dir / "checkpoints")
+    checkpoints = Checkpoints(run_dir / CHECKPOINTS)
     saved = checkpoints.rounds()
-    wanted = saved[-1] if round is None and saved else round
+    if not saved:
+        raise UserError(f"{run_dir}: no checkpoint yet; the first is after round {config.checkpoint_every}")
+    wanted = saved[-1] if round is None else round
     if wanted not in saved:
-        raise UserError(f"{run_dir}: no checkpoint of round {wanted}; there are {saved or 'none yet'}")
+        raise UserError(f"{run_dir}: no checkpoint of round {wanted}; there are {saved}")
     federation = set_up(config.model_copy(update={"mesh": MeshConfig()}))  # on the devices that are here
     first = initial_server(config, federation)
     server = checkpoints.restore(wanted, first)

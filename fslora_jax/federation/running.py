@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from fslora_jax.checkpoint import Checkpoints
 from fslora_jax.config import Config
-from fslora_jax.errors import Diverged
+from fslora_jax.errors import Diverged, UserError
 from fslora_jax.evaluate import measure
 from fslora_jax.federation.calls import by_round
 from fslora_jax.federation.memories import remembering
@@ -30,7 +30,7 @@ from fslora_jax.federation.setup import (
 )
 from fslora_jax.log import JsonLines, Logger, open_loggers, read_records
 from fslora_jax.processes import leader_first
-from fslora_jax.rundir import MEMORIES, METRICS
+from fslora_jax.rundir import CHECKPOINTS, MEMORIES, METRICS
 from fslora_jax.sharding import over_clients
 from fslora_jax.types import Batch, Score
 
@@ -62,7 +62,7 @@ class Running:
         self._records: list[dict[str, Any]] = []
         first = initial_server(config, federation)
         self._memories = open_memories(config, federation, first, run_dir / MEMORIES)
-        self._checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints)
+        self._checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.keep_checkpoints)
         self.done, self.server = self._checkpoints.resume(first, self._memories, tell)
         kept = self.done or -1  # without a checkpoint the evaluation of the start is done again, too
         self._loggers: list[Logger] = []
@@ -74,7 +74,12 @@ class Running:
         self._test = jax.device_put(federation.task.test.batches, over_clients(federation.mesh))
 
     def _open(self, kept: int) -> None:
-        """Opens what is written to, with the records of the rounds that are ``kept``."""
+        """Opens what is written to, with the records of the rounds that are ``kept``.
+
+        Raises:
+          UserError: one is not there.
+        """
+        check_recorded(self.run_dir, self.done)
         self._loggers = open_loggers(self.config.loggers, self.run_dir, kept)
         self._clocks = [JsonLines(self.run_dir / "timings.jsonl", kept)]
 
@@ -153,6 +158,24 @@ class Running:
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether there is no NaN and no infinity."""
     return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def check_recorded(run_dir: Path, done: int) -> None:
+    """Refuses to go on after ``done`` rounds without the record of one of them, as after a crash of the machine.
+
+    Raises:
+      UserError: names the round, and what to do.
+    """
+    if not done:
+        return
+    path = run_dir / METRICS
+    known = {record.get("round") for record in read_records(path)}
+    missing = next((t for t in range(done + 1) if t not in known), None)
+    if missing is not None:
+        raise UserError(
+            f"{path}: no record of round {missing}, though there is a checkpoint of round {done}; put back a copy of "
+            f"the file, or delete the checkpoints from round {missing} on to do their rounds again"
+        )
 
 
 def last_record(run_dir: Path, done: int) -> dict[str, Any]:

@@ -37,6 +37,11 @@ def plan_command(argv: Sequence[str]) -> None:
     topology = args["topology"]
     if args["tries"] < 1:
         raise UserError(f"--tries: found {args['tries']}; expected 1 or more, the first is the config's own")
+    if args["num_labels"] < 0 or (args["rows"] is not None and args["rows"] < 1):
+        raise UserError(
+            f"--num-labels, --rows: found {args['num_labels']} and {args['rows']}; expected 0 or more labels, and 1 or "
+            "more rows"
+        )
     prepare(topology)
     row_length = config.data.row_length or config.data.max_length
     rows, places = args["rows"] or config.federation.batch_size, 0 if args["num_labels"] else row_length

@@ -25,7 +25,8 @@ def chip_of(topology: str) -> Chip | None:
     kind, _, size = topology.partition(":")
     if kind == "cpu" and size.isdecimal() and int(size) > 0:
         return None
-    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", size):
+    axes = 3 if kind == "v5p" else 2  # of the torus; the compiler ends its process at another number
+    if kind not in CHIPS or not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{axes - 1}}}", size):
         raise UserError(f"--topology: found {topology!r}; expected such as {EXAMPLES}")
     return CHIPS[kind]
 

@@ -13,7 +13,7 @@ from fslora_jax.arguments import option, parse_config, suggest
 from fslora_jax.bench.compare import machine
 from fslora_jax.errors import UserError
 from fslora_jax.figures import lines_figure
-from fslora_jax.rundir import write_atomically
+from fslora_jax.rundir import read_mapping, write_atomically
 from fslora_jax.scale.curves import CURVES, Curve
 from fslora_jax.scale.measure import measure
 
@@ -82,7 +82,7 @@ def begun(file: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     """
     if not file.exists():
         return fresh | {"points": []}
-    old = json.loads(file.read_text(encoding="utf-8"))
+    old = read_mapping(file)
     if old["config"] != fresh["config"]:
         raise UserError(f"{file}: holds points of another config; choose another --out, or delete the file")
     return old

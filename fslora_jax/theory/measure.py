@@ -21,7 +21,7 @@ from fslora_jax.federation.results import load_round
 from fslora_jax.federation.setup import Federation, initial_server
 from fslora_jax.methods import Client, build, whole
 from fslora_jax.random import Purpose, device_key, host_rng
-from fslora_jax.rundir import load_run_config
+from fslora_jax.rundir import CHECKPOINTS, load_run_config
 from fslora_jax.theory.estimate import Estimate, mean, u_statistic
 from fslora_jax.theory.growth import update_spread
 from fslora_jax.theory.moments import client_sums, for_population, moments, own_part, sampling_variances
@@ -68,7 +68,7 @@ def open_run(run_dir: Path, rounds: Sequence[int] | None) -> Run:
     method = load_run_config(run_dir).federation.method
     if method != "fslora":
         raise UserError(f"{run_dir}: federation.method is {method}; expected a run of fslora")
-    checkpoints = Checkpoints(run_dir / "checkpoints")
+    checkpoints = Checkpoints(run_dir / CHECKPOINTS)
     saved = checkpoints.rounds()
     if unknown := sorted({*(rounds or ())} - {0, *saved}):
         raise UserError(f"rounds: no checkpoint of round {unknown[0]}; there are {[0, *saved]}")
