@@ -119,9 +119,8 @@ class Checkpoints:
         try:
             return self._manager.restore(round, args=_State(like, files))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            reason = (
-                "it is not whole" if isinstance(error, KeyError) else _first_line(error)
-            )  # orbax finds no item
+            # A KeyError is orbax's, for a folder without what it should hold.
+            reason = "it is not whole" if isinstance(error, KeyError) else _first_line(error)
             raise UserError(
                 f"{self._folder / str(round)}: the checkpoint cannot be read: {reason}; delete this folder to go on "
                 "from the one before"

@@ -9,7 +9,9 @@ import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from errno import EISDIR
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import yaml
@@ -30,6 +32,24 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     fresh = path.with_name(f".{path.name}.tmp")
     fresh.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(fresh, path)
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Makes the folder of a file that an option names and that will be written, perhaps much later.
+
+    Raises:
+      UserError: it cannot be, or the file is a folder.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+    except OSError as error:
+        raise UserError(
+            f"{option}: {path} cannot be written: {error.strerror}; choose another file"
+        ) from None
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 import json
 import os
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,6 +174,15 @@ def finish(process: Forked, seconds: float = 120) -> subprocess.CompletedProcess
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def until(found: Callable[[], Any], seconds: float = 120) -> Any:
+    """The first true answer."""
+    latest = time.monotonic() + seconds
+    while not (answer := found()):
+        assert time.monotonic() < latest
+        time.sleep(0.05)
+    return answer
 
 
 def records(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

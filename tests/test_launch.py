@@ -5,11 +5,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import kubernetes_validate
 import pytest
+import runs
 import yaml
 
 from fslora_jax.preemption import EXIT_CODE
@@ -97,9 +97,7 @@ def test_several_processes_that_are_asked_to_stop_have_saved_when_the_script_end
     command = ["env", "--default-signal=INT", LAUNCH / "several.sh", "2", *RUN]
     process = subprocess.Popen(command, env=os.environ | {"FSLORA": str(stand_in)}, start_new_session=True)
     try:
-        latest = time.monotonic() + 60
-        while len(list(tmp_path.glob("here *"))) < 2 and time.monotonic() < latest:
-            time.sleep(0.02)
+        runs.until(lambda: len(list(tmp_path.glob("here *"))) == 2)
         process.send_signal(asked)
         assert process.wait(timeout=60) == EXIT_CODE
         assert len(list(tmp_path.glob("saved *"))) == 2

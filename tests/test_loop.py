@@ -350,3 +350,22 @@ def test_the_rounds_before_one_that_diverges_are_recorded(world, tmp_path, capsy
     assert re.search(r"round 2: client \d+: loss nan at local step 1", said)
     for name, expected in (("metrics.jsonl", [0, 1]), ("timings.jsonl", [1])):
         assert [record["round"] for record in runs.records(tmp_path / "run", name)] == expected
+
+
+def test_merged_weights_that_left_the_finite_numbers_are_not_saved(world, tmp_path, capsys):
+    """FLoRA merges factors into the base and starts new ones, which say nothing of the product."""
+    changes = {
+        "federation__method": "flora",
+        "client_optimizer": {"name": "sgd", "learning_rate": 1e30},
+        "lora__lora_alpha": 1e8,
+        "server_optimizer": {},
+        "federation__local_steps": 1,
+        "lora__lora_dropout": 0.0,
+        "evaluate_every": 30,
+        "federation__num_rounds": 30,
+        "checkpoint_every": 1,
+    }
+    config = runs.write_config(tmp_path / "c.yaml", world, **changes)
+    said = runs.mistake(world, capsys, "train", config, "--run-dir", tmp_path / "run")
+    assert "round 1: the server's weights are not finite; lower client_optimizer.learning_rate" in said
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())

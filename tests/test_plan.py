@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+import yaml
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractMesh, AxisType
 
@@ -25,6 +26,7 @@ from fslora_jax.models.families import build_model
 from fslora_jax.plan import topology
 from fslora_jax.plan.abstract import abstract_arguments, abstract_model, placed
 from fslora_jax.plan.apart import apart
+from fslora_jax.plan.command import plan_command
 from fslora_jax.plan.compiled import Compiled, layout_of, round_of, text_of
 from fslora_jax.plan.search import Job, Plan, Setting, best, moved, plans
 from fslora_jax.plan.show import print_plans
@@ -568,3 +570,10 @@ def test_a_compiler_whose_programs_cannot_be_read_is_named():
 
     with pytest.raises(UserError, match=r"libtpu: .* pip install 'jax\[tpu\]=="):
         text_of(Program())
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_compiled(tmp_path):
+    config = runs.SETTINGS | {"model": {"name": "no/model"}, "data": runs.SETTINGS["data"] | {"name": "d"}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=f"--json: {tmp_path} cannot be written: Is a directory"):
+        plan_command([str(tmp_path / "c.yaml"), "--topology", "cpu:1", "--json", str(tmp_path)])

@@ -46,15 +46,6 @@ MpiDefault=none
 """
 
 
-def until(found, seconds=120):
-    """The first true answer."""
-    latest = time.monotonic() + seconds
-    while not (answer := found()):
-        assert time.monotonic() < latest
-        time.sleep(0.1)
-    return answer
-
-
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
     """Asks a SLURM command."""
@@ -75,7 +66,7 @@ def slurm(tmp_path_factory):
     }
     munge = [DAEMONS[0], "--foreground", "--force", f"--key-file={key}", *files.values()]
     daemons = [subprocess.Popen(munge, env=environment)]
-    until((folder / "munge.socket").exists)
+    runs.until((folder / "munge.socket").exists)
     daemons += [subprocess.Popen([daemon, "-D"], env=environment) for daemon in DAEMONS[1:]]
 
     def ask(*command: str, **more: str) -> str:
@@ -119,12 +110,12 @@ def test_a_job_that_is_preempted_is_queued_again_and_goes_on(slurm, world, tmp_p
             pair.split("=", 1) for pair in slurm("scontrol", "show", "job", job).split() if "=" in pair
         )
 
-    until(lambda: (run / "metrics.jsonl").exists() and len(runs.records(run)) > 5)
+    runs.until(lambda: (run / "metrics.jsonl").exists() and len(runs.records(run)) > 5)
     slurm("scancel", "--signal=TERM", job)
-    until(lambda: (state()["Restarts"], state()["JobState"]) == ("1", "PENDING"))
+    runs.until(lambda: (state()["Restarts"], state()["JobState"]) == ("1", "PENDING"))
     saved = [path.name for path in (run / "checkpoints").iterdir()]
     assert len(saved) == 1 and 5 < int(saved[0]) < 500
     slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
-    until(lambda: state()["JobState"] == "COMPLETED")
+    runs.until(lambda: state()["JobState"] == "COMPLETED")
     assert [record["round"] for record in runs.records(run)] == list(range(501))
     assert f"stopped after round {saved[0]} of 500, which is saved" in " ".join(said.read_text().split())

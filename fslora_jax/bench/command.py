@@ -2,11 +2,8 @@
 
 import json
 from collections.abc import Callable, Sequence
-from errno import EISDIR
-from os import strerror
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryFile
 from typing import Any
 
 from rich.console import Console
@@ -18,7 +15,7 @@ from fslora_jax.bench.engines import ENGINES
 from fslora_jax.bench.limits import OURS, check_engine, default_engines
 from fslora_jax.config import Config, make_config
 from fslora_jax.errors import UserError
-from fslora_jax.rundir import write_atomically
+from fslora_jax.rundir import check_writable, write_atomically
 
 DEVICES = ("cpu", "gpu", "tpu")
 
@@ -71,7 +68,7 @@ def bench_command(argv: Sequence[str]) -> None:
         raise UserError(f"--device: unknown kind {args['device']!r}{suggest(args['device'], DEVICES)}")
     engines = chosen(args["engines"], config, tell)
     if args["json"] is not None:
-        check_writable(args["json"])
+        check_writable("--json", args["json"])
     records = compare(config, engines, repeats=args["repeats"], device=args["device"], tell=tell)
     record = {}
     for record in records:
@@ -113,22 +110,6 @@ def chosen(named: Sequence[str], config: Config, tell: Callable[[str], None]) ->
         else:
             able.append(engine)
     return able
-
-
-def check_writable(path: Path) -> None:
-    """Makes the folder of a file that will be written.
-
-    Raises:
-      UserError: it cannot be, or the file is a folder.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=path.parent):
-            pass
-        if path.is_dir():
-            raise IsADirectoryError(EISDIR, strerror(EISDIR))
-    except OSError as error:
-        raise UserError(f"--json: {path} cannot be written: {error.strerror}; choose another file") from None
 
 
 def print_table(record: dict[str, Any]) -> None:

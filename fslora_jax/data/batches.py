@@ -72,9 +72,8 @@ def make_batch(
     segments = np.repeat(np.tile(np.arange(1, num_examples + 1), len(chosen)), count)
     cells = np.zeros((4, len(chosen) * num_rows * row_length), np.int32)
     cells[:, target] = store.tokens[source], segments, within, store.types[source]
-    kind = (
-        np.float32 if np.issubdtype(labels.dtype, np.floating) else np.int32
-    )  # numbers to predict, or classes
+    numbers = np.issubdtype(labels.dtype, np.floating)  # to predict; else classes
+    kind = np.float32 if numbers else np.int32
     labels_of = np.where(real, labels[chosen], 0).astype(kind).reshape(examples.shape)
     weights = real.astype(np.float32).reshape(examples.shape)
     asked = target[store.learned[source] > 0] - 1  # a token is predicted at the one before it

@@ -139,7 +139,7 @@ class Running:
 
     def save(self) -> None:
         """A checkpoint, unless the last local steps left the finite numbers, of which there is no loss yet."""
-        if not all_finite(self.server.weights):
+        if not all_finite((self.server.weights, self.server.base_delta)):
             self.failure = Diverged(
                 f"round {self.done}: the server's weights are not finite; lower client_optimizer.learning_rate, or set "
                 "client_optimizer.max_grad_norm; the last checkpoint is kept"

@@ -12,6 +12,7 @@ from fslora_jax.plan.apart import compiler_for
 from fslora_jax.plan.search import Job, best, plans
 from fslora_jax.plan.show import as_dict, print_plans
 from fslora_jax.plan.topology import EXAMPLES, chip_of, count_of, prepare
+from fslora_jax.rundir import check_writable, write_atomically
 
 
 def plan_command(argv: Sequence[str]) -> None:
@@ -42,6 +43,8 @@ def plan_command(argv: Sequence[str]) -> None:
             f"--num-labels, --rows: found {args['num_labels']} and {args['rows']}; expected 0 or more labels, and 1 or "
             "more rows"
         )
+    if args["json"] is not None:
+        check_writable("--json", args["json"])
     prepare(topology)
     row_length = config.data.row_length or config.data.max_length
     rows, places = args["rows"] or config.federation.batch_size, 0 if args["num_labels"] else row_length
@@ -64,4 +67,4 @@ def plan_command(argv: Sequence[str]) -> None:
             "plans": [as_dict(plan) for plan in found],
             "best": chosen and chosen.setting.settings,
         }
-        args["json"].write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        write_atomically(args["json"], json.dumps(values, indent=1) + "\n")
