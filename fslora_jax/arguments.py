@@ -118,7 +118,7 @@ def parse_config(
     placeholder = Config(model=ModelConfig(name="MODEL"), data=DataConfig(name="DATA"))
     defaults = load_config(path) if given else placeholder
     fields = [(name, *described) for name, described in options.items()] + mirrored_fields(defaults, short)
-    form = dataclasses.make_dataclass(command.title(), fields)
+    form = dataclasses.make_dataclass("Arguments", fields)
     args = parse(form, f"fslora {command} {path}", description, argv[1:] if given else argv)
     values = dataclasses.asdict(args)
     chosen = {name: values.pop(name) for name in options}

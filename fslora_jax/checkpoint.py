@@ -96,6 +96,11 @@ class Checkpoints:
         """The saved rounds, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def newest(self) -> int | None:
+        """The last round that is saved now, by whoever trains; None where none is."""
+        self._manager.reload()
+        return self._manager.latest_step()
+
     def save(self, round: int, state: PyTree, files: Files | None = None) -> None:
         """Saves the state after ``round`` rounds, and ``files``; earlier ones are only dropped when it is complete.
 

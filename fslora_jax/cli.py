@@ -10,7 +10,7 @@ import jax
 
 from fslora_jax import hub
 from fslora_jax.backend import leave_libtpu
-from fslora_jax.errors import UserError
+from fslora_jax.errors import UserError, memory_told
 from fslora_jax.preemption import EXIT_CODE, Preempted
 from fslora_jax.processes import LOST_CODE, Lost
 
@@ -53,6 +53,10 @@ COMMANDS = {
 """Where each command is; only the one that runs is imported, for tables and statistics alone take a second."""
 
 
+RESUMABLE = ("train", "study", "scale")
+"""Commands that do not begin anew what they have saved."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command; a user's mistake is one line and exit code 2."""
     name, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
@@ -68,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = resolve_name(COMMANDS[name])
         if argv is None:
             gc.freeze()  # what is imported stays; to look through it for garbage took a sixth of a short run
-        command(rest)
+        with memory_told():
+            command(rest)
     except UserError as error:
         print(f"fslora: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -82,5 +87,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"fslora: error: {lost}", file=sys.stderr, flush=True)
         os._exit(LOST_CODE)  # a usual exit would wait for the process that is not there
     except KeyboardInterrupt:
-        print("fslora: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        more = "; the same command goes on from what is saved" if name in RESUMABLE else ""
+        print(f"fslora: stopped{more}", file=sys.stderr)
         sys.exit(130)

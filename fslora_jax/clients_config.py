@@ -69,10 +69,15 @@ def check_asked(
     """
     if asked is None:
         return
-    if not devices or wanted is None:
+    if wanted is None:
         raise ValueError(
-            "federation.clients_asked: needs federation.clients_per_round, the reports that are waited for, and "
-            "federation.devices, whose clock tells who is first"
+            f"federation.clients_asked: found {asked} without federation.clients_per_round; set it to the number of "
+            "reports that are waited for"
+        )
+    if not devices:
+        raise ValueError(
+            f"federation.clients_asked: found {asked} without federation.devices, whose clock tells who reports first; "
+            "describe them"
         )
     if not wanted <= asked <= clients:
         raise ValueError(

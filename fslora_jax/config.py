@@ -129,18 +129,32 @@ class FederationConfig(Section):
     """Parts in which each device works through its clients, one after another, to save memory."""
 
 
+MOST_CPU_DEVICES = 256
+"""A CPU's; each has threads of its own, and with very many the system refuses more."""
+
+
 class MeshConfig(Section):
     """How a run spreads over devices; the product of the three is their number. It changes no result."""
 
-    clients: Literal[-1] | Count = -1
+    clients: int = -1
     """Groups of devices that train different clients; -1 takes all devices that fsdp and tensor leave."""
     fsdp: Count = 1
     """Devices of a group that share out the base weights and the rows of a batch."""
     tensor: Count = 1
     """Devices of a group that share out attention heads and features."""
-    cpu_devices: Literal[-1] | Count | None = None
+    cpu_devices: int | None = None
     """Devices that a CPU counts as, where it is what trains; each holds the base model. -1: one for each core that
     this process may use, but no more than clients of a round. By default JAX's own number, one."""
+
+    @model_validator(mode="after")
+    def _all_or_some(self) -> "MeshConfig":
+        if self.clients != -1 and self.clients < 1:
+            raise ValueError(f"clients: found {self.clients}, expected -1 (all that are left) or at least 1")
+        if self.cpu_devices not in (None, -1) and not 1 <= self.cpu_devices <= MOST_CPU_DEVICES:
+            raise ValueError(
+                f"cpu_devices: found {self.cpu_devices}, expected -1 (one for each core) or 1 to {MOST_CPU_DEVICES}"
+            )
+        return self
 
 
 class Config(Section):

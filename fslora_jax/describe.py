@@ -21,6 +21,7 @@ from fslora_jax.methods import Spec, traffic
 from fslora_jax.models import Model, build_model
 from fslora_jax.models.weights import open_folder
 from fslora_jax.settings import checked
+from fslora_jax.sharding import base_spec, leaf_name
 from fslora_jax.tensors import read_object
 
 STATES = {"sgd": 0, "momentum": 1, "adamw": 2}
@@ -57,8 +58,8 @@ class Describe:
     """Clients of a round's cohort."""
     batch_size: int = 16
     """Examples of a local step, each in a row of its own."""
-    seq_length: int = 128
-    """Tokens of a row."""
+    seq_length: int | None = None
+    """Tokens of a row; by default 128, or the longest text of a model that takes less."""
     optimizer: Literal["sgd", "momentum", "adamw"] = "adamw"
     """Optimiser of the local steps."""
     cohort_chunks: int = 1
@@ -76,19 +77,9 @@ class Describe:
 def describe_command(argv: Sequence[str]) -> None:
     """Prints tables, or JSON."""
     args = parse(Describe, "fslora describe", Describe.__doc__ or "", argv)
-    for name in (
-        "num_labels",
-        "r",
-        "clients",
-        "batch_size",
-        "seq_length",
-        "cohort_chunks",
-        "devices",
-        "fsdp",
-        "tensor",
-    ):
-        if getattr(args, name) < 1:
-            raise UserError(f"{name}: found {getattr(args, name)}, expected at least 1")
+    for name, value in vars(args).items():
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise UserError(f"{name}: found {value}, expected at least 1")
     if not args.ratios or not all(0 < ratio <= 1 for ratio in args.ratios):
         raise UserError(f"ratios: found {list(args.ratios)}, expected numbers above 0 and up to 1")
     found = describe(read_config(args.model), args)
@@ -102,7 +93,11 @@ def read_config(name: str) -> Mapping[str, Any]:
 
 
 def describe(config: Mapping[str, Any], args: Describe) -> dict[str, Any]:
-    """All that the tables show, as plain numbers."""
+    """All that the tables show, as plain numbers.
+
+    Raises:
+      UserError: the model takes no rows that long, or its weights cannot be split like that.
+    """
     model = build_model(
         config,
         num_labels=args.num_labels,
@@ -111,9 +106,15 @@ def describe(config: Mapping[str, Any], args: Describe) -> dict[str, Any]:
         dtype=args.dtype,
         remat=args.remat,
     )
+    if (args.seq_length or 1) > model.max_length:
+        raise UserError(
+            f"seq_length: found {args.seq_length}, but the model takes at most {model.max_length} tokens"
+        )
     lora = checked(LoraConfig, {"r": args.r, "target_modules": args.target_modules}, "arguments")
     spec = model_spec(lora, model)
     base = jax.eval_shape(model.init_base, jax.random.key(0))
+    for path, leaf in jax.tree.leaves_with_path(base):
+        base_spec({"fsdp": args.fsdp, "tensor": args.tensor}, leaf_name(path), leaf.shape)
     head = values_of(jax.eval_shape(model.init_head, jax.random.key(0)))
     ks = [max(1, round(ratio * args.r)) for ratio in args.ratios]
     return {
@@ -150,7 +151,7 @@ def cohort_memory(model: Model, spec: Spec, ks: Sequence[int], args: Describe) -
     plan = memory.Plan(
         ranks=[ks[i % len(ks)] for i in range(args.clients)],
         batch_size=args.batch_size,
-        seq_length=args.seq_length,
+        seq_length=args.seq_length or min(128, model.max_length),
         states=STATES[args.optimizer],
         heads=model.heads,
         act_bytes=jax.numpy.dtype(args.dtype).itemsize,

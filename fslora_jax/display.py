@@ -46,10 +46,8 @@ class TerminalDisplay:
         if metric in values:
             self._known = f"{metric.removeprefix('eval/')} {values[metric]:.3f}  "
         sent = (values["traffic/up_bytes"] + values["traffic/down_bytes"]) / MB
-        text = (
-            f"loss {values['train/loss']:.3f}  {self._known}"
-            f"{sent:.1f} MB  {values['clients_per_second']:.1f} clients/s"
-        )
+        loss = f"loss {values['train/loss']:.3f}" if "train/loss" in values else "no client reported"
+        text = f"{loss}  {self._known}{sent:.1f} MB  {values['clients_per_second']:.1f} clients/s"
         self._progress.update(self._bar, completed=done, total=total, values=text, visible=True)
 
 

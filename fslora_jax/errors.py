@@ -1,6 +1,10 @@
 """The one kind of error that a user's mistake raises."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import jax
 
 
 class UserError(ValueError):
@@ -13,6 +17,29 @@ class UserError(ValueError):
 
 class Diverged(UserError):
     """Training left the finite numbers: a matter of its settings, such as the learning rate."""
+
+
+class OutOfMemory(UserError):
+    """A round, or the model, needs more memory than there is: a matter of its settings."""
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """Makes a lack of memory a user's error that says what to do.
+
+    Raises:
+      OutOfMemory: the devices, or the host, refused what was asked for.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        reason = str(error).strip() or "the host has no more"
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in reason:
+            raise
+        raise OutOfMemory(
+            f"memory: {reason.splitlines()[0]}; raise federation.cohort_chunks, lower federation.batch_size or "
+            "rows_per_pass, or set model.remat: full"
+        ) from None
 
 
 def of_other_version(path: Path, missing: str) -> UserError:

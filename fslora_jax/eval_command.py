@@ -59,7 +59,9 @@ def eval_command(argv: Sequence[str]) -> None:
         raise UserError(f"new_tokens: found {args.new_tokens}, expected at least 1")
     data, new_tokens = data_of(args), args.new_tokens if args.generate else 0
     if args.per_client or args.personalised:
-        if data is not None or args.generate or not args.per_client:
+        if not args.per_client:
+            raise UserError("--personalised: given without --per-client, to which it adds; say both")
+        if data is not None or args.generate:
             raise UserError("--per-client: expected a run folder, and nothing beside it but --personalised")
         metrics = evaluate_clients(args.folder, args.personalised)
     elif (args.folder / CONFIG).is_file():

@@ -149,7 +149,7 @@ def agreed(well: bool) -> bool:
     return well if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(well)).all())
 
 
-def gathered(tree: PyTree) -> PyTree:
+def all_gathered(tree: PyTree) -> PyTree:
     """Arrays whole in every process; the devices are asked for them, and nobody waits."""
     return jax.tree.map(lambda x: x if x.is_fully_addressable else _whole(x.sharding.mesh)(x), tree)
 
@@ -161,4 +161,4 @@ def _whole(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
 
 def fetch(tree: PyTree) -> PyTree:
     """Arrays as NumPy, whole in every process."""
-    return jax.tree.map(np.asarray, gathered(tree))
+    return jax.tree.map(np.asarray, all_gathered(tree))

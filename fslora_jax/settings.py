@@ -4,7 +4,8 @@ import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Annotated, Any, TypeVar
+from itertools import zip_longest
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
@@ -30,12 +31,15 @@ S = TypeVar("S", bound=Section)
 
 
 def known_fields(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted names of all settings, those of inner sections included."""
+    """Dotted names of all settings, those of inner sections included; ``*`` is any name that a user gives."""
     names = []
     for name, field in model.model_fields.items():
         names.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += known_fields(field.annotation, f"{prefix}{name}.")
+        inner, named = field.annotation, ""
+        if get_origin(inner) is dict:
+            inner, named = get_args(inner)[1], "*."
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            names += known_fields(inner, f"{prefix}{name}.{named}")
     return names
 
 
@@ -51,10 +55,12 @@ def suggest(name: str, known: Sequence[str]) -> str:
 
 def one_line(error: ValidationError, form: type[BaseModel]) -> str:
     """The first mistake of a pydantic error as ``field: found, expected``, and how many more there are."""
-    first, *rest = error.errors(include_url=False)
+    # A misspelt name before what is missing for it.
+    found = sorted(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
+    first, *rest = found
     field = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        text = f"unknown setting {field}{suggest(field, known_fields(form))}"
+        text = f"unknown setting {field}{suggest(field, [named(name, first['loc']) for name in known_fields(form)])}"
     elif first["type"] == "missing":
         text = f"{field}: missing; add it to the config"
     elif first["type"] == "value_error":
@@ -62,6 +68,18 @@ def one_line(error: ValidationError, form: type[BaseModel]) -> str:
     else:
         text = f"{field}: found {first['input']!r}; {first['msg'][0].lower() + first['msg'][1:]}"
     return text + (f" (and {len(rest)} more)" if rest else "")
+
+
+def named(known: str, place: Sequence[int | str]) -> str:
+    """A known setting with the names that a user gives, those of a ``place``.
+
+    >>> named("devices.*.gflops", ("devices", "phone", "gflop"))
+    'devices.phone.gflops'
+    """
+    parts = zip_longest(known.split("."), place)
+    return ".".join(
+        str(there if part == "*" and there is not None else part) for part, there in parts if part
+    )
 
 
 def checked(form: type[S], values: Any, source: str) -> S:

@@ -123,7 +123,7 @@ def programs_kept(evaluations_kept):
     def compile_once(config, federation, *arguments):
         shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), arguments[:4])
         of_shapes = str(jax.tree.structure(shapes)), *jax.tree.leaves(shapes), *arguments[4:]
-        key = settings_of(config, but=FREE), federation.layout, federation.mesh, of_shapes
+        key = settings_of(config, but=FREE), federation.feed.layout, federation.mesh, of_shapes
         if key not in kept():
             kept()[key] = compile_round(config, federation, *arguments)
         return kept()[key]

@@ -89,17 +89,17 @@ def population_of(case: str) -> Any:
     return FULL if method_of(case).traits.full_rank else MIXED
 
 
-def layout_of(case: str, way: str, lanes: int = 1) -> Layout:
+def layout_of(case: str, way: str, groups: int = 1) -> Layout:
     tiered = WAYS[way].tiered and not method_of(case).traits.holds_all
     ranks, cohorts = population_of(case).ranks, toy.COHORTS
-    return plan_layout(ranks, cohorts, r=R, lanes=lanes * WAYS[way].chunks, tiered=tiered)
+    return plan_layout(ranks, cohorts, r=R, tiered=tiered, groups=groups, chunks=WAYS[way].chunks)
 
 
 def replayed(case: str, way: str, mesh: Any = None, **changes: Any) -> toy.Played:
     """Rounds of a method."""
-    _, chunks, optimizer = WAYS[way]
+    optimizer = WAYS[way].optimizer
     layout = layout_of(case, way, 1 if mesh is None else mesh.devices.size)
-    options = {"population": population_of(case), "layout": layout, "chunks": chunks, "mesh": mesh} | changes
+    options = {"population": population_of(case), "layout": layout, "mesh": mesh} | changes
     return toy.play(method_of(case), toy.OPTIMIZERS[optimizer][0], **options)
 
 

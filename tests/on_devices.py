@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from fslora_jax.bench.engines import engine_round
 from fslora_jax.config import make_config
 from fslora_jax.federation.cohort import plan_layout
-from fslora_jax.federation.feed import make_cohort
+from fslora_jax.federation.feed import Feed, make_cohort
 from fslora_jax.federation.local import ClientOptimizer
 from fslora_jax.federation.round import constants_of
 from fslora_jax.methods import METHODS, Method, Server, fedit
@@ -87,7 +87,7 @@ def test_identity_7_two_devices_with_chunks_in_tiers_are_the_equations():
     cohorts = [toy.EVERYBODY, toy.EVERYBODY]
     found = toy.play(toy.METHOD, ADAMW, cohorts=cohorts, mesh=toy.mesh_of(2), chunks=2)
     check_with_oracle(found, "adamw", cohorts=cohorts)
-    assert len(plan_layout(toy.RANKS, cohorts, r=toy.R, lanes=4, tiered=True).tiers) == 2
+    assert len(plan_layout(toy.RANKS, cohorts, r=toy.R, tiered=True, groups=2, chunks=2).tiers) == 2
 
 
 def program(slots: int, method: Method, optimizer: ClientOptimizer) -> str:
@@ -95,8 +95,8 @@ def program(slots: int, method: Method, optimizer: ClientOptimizer) -> str:
     mesh, clients = toy.mesh_of(8), 8 * slots
     population = toy.make_population(ranks=np.full(clients, 2))
     ids = np.arange(clients)
-    layout = plan_layout(population.ranks, [ids], r=toy.R, lanes=8, tiered=True)
-    cohort = make_cohort(population, toy.STEPS, layout, ids, 0, shape=toy.SHAPE, chunks=1, mesh=mesh)
+    layout = plan_layout(population.ranks, [ids], r=toy.R, tiered=True, groups=8)
+    cohort = make_cohort(population, Feed(toy.STEPS, layout, lambda _: ids, toy.SHAPE), [0], mesh)
     server, base = jax.device_put((toy.start(method), toy.BASE), replicated(mesh))
     one_round = toy.compiled_round(method, optimizer, layout, 0.0, mesh)
     return one_round.lower(base, server, constants_of(5, mesh=mesh), cohort).compile().as_text()
@@ -134,10 +134,9 @@ def test_the_check_sees_other_collectives():
 
 
 def test_the_cohort_is_fed_the_same_on_any_mesh():
-    layout = plan_layout(toy.RANKS, [toy.EVERYBODY], r=toy.R, lanes=8, tiered=True)
-    options = {"shape": toy.SHAPE, "chunks": 2}
-    alone = make_cohort(toy.POPULATION, toy.STEPS, layout, toy.EVERYBODY, 1, **options)
-    spread = make_cohort(toy.POPULATION, toy.STEPS, layout, toy.EVERYBODY, 1, **options, mesh=toy.mesh_of(4))
+    layout = plan_layout(toy.RANKS, [toy.EVERYBODY], r=toy.R, tiered=True, groups=4, chunks=2)
+    feed = Feed(toy.STEPS, layout, lambda _: toy.EVERYBODY, toy.SHAPE)
+    alone, spread = (make_cohort(toy.POPULATION, feed, [1], mesh) for mesh in (None, toy.mesh_of(4)))
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 

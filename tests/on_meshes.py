@@ -14,7 +14,7 @@ import toy
 from jax.sharding import Mesh
 
 from fslora_jax.federation.cohort import plan_layout
-from fslora_jax.federation.feed import make_cohort
+from fslora_jax.federation.feed import Feed, make_cohort
 from fslora_jax.federation.local import Passes
 from fslora_jax.federation.round import Cohort, constants_of, make_round
 from fslora_jax.lora import product
@@ -82,19 +82,19 @@ def played(name: str, mesh_name: str) -> Rounds:
     spec = Spec({path: model.modules[path] for path in modules}, toy.R, scale=0.5)
     method = fslora(spec, optax.sgd(1.0))
     mesh = toy.mesh_of(*MESHES[mesh_name])
-    layout = plan_layout(toy.RANKS, [toy.EVERYBODY] * 2, r=toy.R, lanes=client_groups(mesh), tiered=True)
+    feed = feed_of(mesh)
     optimizer = toy.OPTIMIZERS["momentum"][0]
     passes = rows and Passes(rows, skip=mesh_name != "all")
     options = {"local_steps": toy.STEPS.local_steps, "dropout": True, "passes": passes, "mesh": mesh}
-    one_round = jax.jit(make_round(model.score, method, optimizer, layout, **options))
+    one_round = jax.jit(make_round(model.score, method, optimizer, feed.layout, **options))
     base = jax.jit(model.init_base)(jax.random.key(3))
     server = jax.jit(lambda key: method.init(key, model.init_head(key)))(jax.random.key(4))
     base = jax.device_put(base, base_shardings(mesh, base))
     server, constants = jax.device_put(server, replicated(mesh)), constants_of(5, mesh=mesh)
-    program = one_round.lower(base, server, constants, cohort_of(0, mesh)).compile()
+    program = one_round.lower(base, server, constants, make_cohort(toy.POPULATION, feed, [0], mesh)).compile()
     losses = []
     for t in range(2):
-        cohort = cohort_of(t, mesh)
+        cohort = make_cohort(toy.POPULATION, feed, [t], mesh)
         server, played = program(base, server, constants, cohort)
         losses.append(by_client(cohort, played.losses))
     return Rounds(
@@ -102,11 +102,9 @@ def played(name: str, mesh_name: str) -> Rounds:
     )
 
 
-def cohort_of(t: int, mesh: Mesh | None) -> Cohort:
-    layout = plan_layout(toy.RANKS, [toy.EVERYBODY] * 2, r=toy.R, lanes=client_groups(mesh), tiered=True)
-    return make_cohort(
-        toy.POPULATION, toy.STEPS, layout, toy.EVERYBODY, t, shape=toy.SHAPE, chunks=1, mesh=mesh
-    )
+def feed_of(mesh: Mesh | None) -> Feed:
+    layout = plan_layout(toy.RANKS, [toy.EVERYBODY], r=toy.R, tiered=True, groups=client_groups(mesh))
+    return Feed(toy.STEPS, layout, lambda _: toy.EVERYBODY, toy.SHAPE)
 
 
 def by_client(cohort: Cohort, losses: jax.Array) -> np.ndarray:

@@ -199,6 +199,6 @@ def test_clients_that_would_fail_are_exported_as_if_they_did_not(world):
         config = make_config(runs.settings(world, federation__failure_rate=rate), "test")
         federation = set_up(config)
         server = initial_server(config, federation)
-        assert federation.steps.done(5, 0).all() == (rate == 0)
+        assert federation.feed.steps.done(5, 0).all() == (rate == 0)
         held.append([local for _, local in train_clients(config, federation, server, range(5))])
     jax.tree.map(np.testing.assert_array_equal, *held)

@@ -131,6 +131,7 @@ def test_a_setting_that_does_not_fit_can_be_corrected_in_place(
         ("eval {none}", "no run folder; for an adapter folder say --data"),
         ("eval {folder} --data {data}", "adapter_config.json: no such file"),
         ("eval {none} --dta {data}", "unknown argument --dta; did you mean data?"),
+        ("eval {folder} --personalised", "--personalised: given without --per-client"),
         ("export {folder} --out {none}", "no run folder, it has no config.yaml"),
         ("export {none} --out {none}", "no run folder, it has no config.yaml"),
     ],
@@ -364,8 +365,8 @@ def meetings(run: Path, word: str) -> dict[int, list[int]]:
     texts = np.split(population.store.tokens, population.store.offsets[1:-1])
     found = {}
     for t in (2, 3):
-        chosen = local_examples(population, federation.steps, federation.cohort(t), t)
-        pairs = zip(federation.cohort(t), chosen, strict=True)
+        chosen = local_examples(population, federation.feed.steps, federation.feed.cohort(t), t)
+        pairs = zip(federation.feed.cohort(t), chosen, strict=True)
         found[t + 1] = [int(client) for client, mine in pairs if any(number in texts[i] for i in mine.flat)]
     return found
 

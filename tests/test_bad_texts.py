@@ -50,7 +50,7 @@ def test_clients_with_fewer_examples_than_a_batch_see_all_of_them(world):
     federation = set_up(config)
     population, ids = federation.task.population, np.arange(30)
     assert population.examples.sizes.max() < config.federation.batch_size
-    chosen = local_examples(population, federation.steps, ids, 0)
+    chosen = local_examples(population, federation.feed.steps, ids, 0)
     for client, mine in zip(ids, chosen.reshape(30, -1), strict=True):
         assert set(mine.tolist()) == set(population.examples[client].tolist())
         assert np.ptp(np.unique(mine, return_counts=True)[1]) <= 1

@@ -203,11 +203,11 @@ def test_work_leaves_out_what_is_not_done(world):
 
 def test_the_fill_is_of_all_rows_without_passes_and_of_those_needed_with_them(world):
     config, federation = prepare(world)
-    shape, work = federation.shape, work_of(federation)
+    shape, work = federation.feed.shape, work_of(federation)
     steps = config.federation.local_steps
-    assert fill_of(config, federation) == work.tokens / (5 * steps * shape.rows * shape.row_length)
-    passes = prepare(world, federation__rows_per_pass=1, federation__cohort_chunks=5)
-    assert fill_of(*passes) > fill_of(config, federation)
+    assert fill_of(federation) == work.tokens / (5 * steps * shape.rows * shape.row_length)
+    _, passes = prepare(world, federation__rows_per_pass=1, federation__cohort_chunks=5)
+    assert fill_of(passes) > fill_of(federation)
 
 
 def test_a_comparison_takes_turns_in_processes_of_their_own(world):

@@ -17,8 +17,10 @@ import pytest
 import runs
 
 from fslora_jax import cli, train_command
+from fslora_jax.checkpoint import Checkpoints
 from fslora_jax.config import Config, load_config
 from fslora_jax.data.batches import BatchShape, make_batch
+from fslora_jax.errors import UserError
 from fslora_jax.federation.client import train_client
 from fslora_jax.federation.examples import load_examples, tokenise
 from fslora_jax.federation.results import load_round
@@ -214,6 +216,14 @@ def test_eval_of_a_run_reads_other_data_as_its_own(world, finished, capsys, tmp_
     assert output(world, capsys, "eval", finished, "--data", path, "--max-length", 8) != wanted
 
 
+@pytest.mark.parametrize("folder", [".", "adapter"])
+def test_eval_on_a_task_with_other_labels_is_refused(world, finished, held_out, capsys, folder):
+    """As many, so that numbers would come out."""
+    said = runs.mistake(world, capsys, "eval", finished / folder, "--task", "mrpc", "--data", held_out)
+    assert "data.task: mrpc has the labels 'not_equivalent', 'equivalent'" in said
+    assert "trained on 'neg', 'pos'" in said
+
+
 def test_eval_on_other_examples_is_another_number(world, finished, capsys, tmp_path):
     other = runs.write_texts(tmp_path / "other.csv", number=30, seed=5)
     found = json.loads(output(world, capsys, "eval", finished, "--data", other))
@@ -272,12 +282,72 @@ def test_an_exported_client_computes_the_same_under_peft_at_its_own_rank(
     assert np.abs(theirs - torch_logits(world.model, finished / "adapter", tokens)).max() > 1e-2
 
 
-def test_control_c_ends_with_one_line(world, capsys, tmp_path, monkeypatch):
-    def interrupted(*arguments):
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [("train", "; the same command goes on from what is saved"), ("export", "")],
+)
+def test_control_c_ends_with_one_line(world, capsys, monkeypatch, command, more):
+    def interrupted(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_command, "run", interrupted)
+    monkeypatch.setattr(cli, "resolve_name", lambda name: interrupted)
     with pytest.raises(SystemExit) as caught:
-        runs.call(world, "train", world.config, "--run-dir", tmp_path / "run")
+        runs.call(world, command)
     assert caught.value.code == 130
-    assert capsys.readouterr().err == "fslora: stopped; the same command goes on from the last checkpoint\n"
+    assert capsys.readouterr().err == f"fslora: stopped{more}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"),
+            "9 bytes.;",
+        ),
+        (MemoryError("Unable to allocate 1.46 TiB"), "Unable to allocate 1.46 TiB;"),
+        (MemoryError(), "the host has no more;"),
+    ],
+)
+def test_a_lack_of_memory_is_one_line_that_says_what_to_do(world, capsys, monkeypatch, error, words):
+    def hungry(argv):
+        raise error
+
+    monkeypatch.setattr(cli, "resolve_name", lambda name: hungry)
+    said = runs.mistake(world, capsys, "train")
+    assert said.startswith("fslora: error: memory: ") and words in said
+    assert said.endswith("or set model.remat: full")
+
+
+def test_other_errors_of_a_device_are_not_a_users(world, monkeypatch):
+    def broken(argv):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    monkeypatch.setattr(cli, "resolve_name", lambda name: broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        runs.call(world, "train")
+
+
+def test_a_checkpoint_that_a_run_beside_it_has_replaced_is_not_missed(finished, monkeypatch):
+    """The newest is pruned while it is being read; then a newer one is there."""
+    restore, asked = Checkpoints.restore, []
+
+    def pruned(self, round, like, files=None):
+        asked.append(round)
+        if len(asked) == 1:
+            raise UserError("the checkpoint cannot be read")
+        return restore(self, round, like, files)
+
+    newest = iter([2, 4, 4])
+    monkeypatch.setattr(Checkpoints, "restore", pruned)
+    monkeypatch.setattr(Checkpoints, "newest", lambda self: next(newest))
+    assert int(load_round(finished, None).server.round) == 4
+    assert asked == [2, 4]
+
+
+def test_a_newest_checkpoint_that_is_damaged_is_told(finished, monkeypatch):
+    def damaged(*arguments):
+        raise UserError("the checkpoint cannot be read")
+
+    monkeypatch.setattr(Checkpoints, "restore", damaged)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_round(finished, None)

@@ -40,11 +40,18 @@ def populations(draw):
     return r, ranks, cohorts
 
 
-@given(population=populations(), lanes=st.integers(1, 6), tiered=st.booleans(), most=st.integers(1, 8))
-def test_one_layout_seats_every_cohort(population, lanes, tiered, most):
+@given(
+    population=populations(),
+    groups=st.integers(1, 3),
+    chunks=st.integers(1, 3),
+    tiered=st.booleans(),
+    most=st.integers(1, 8),
+)
+def test_one_layout_seats_every_cohort(population, groups, chunks, tiered, most):
     r, ranks, cohorts = population
-    layout = plan_layout(ranks, cohorts, r=r, lanes=lanes, tiered=tiered, max_tiers=most)
-    assert len(layout.caps) == -(-len(cohorts[0]) // lanes)
+    layout = plan_layout(ranks, cohorts, r=r, tiered=tiered, groups=groups, chunks=chunks, max_tiers=most)
+    chunks = min(chunks, -(-len(cohorts[0]) // groups))
+    assert len(layout.caps) == -(-len(cohorts[0]) // (groups * chunks))
     assert sorted(layout.caps, reverse=True) == list(layout.caps)
     assert max(layout.caps) <= r
     assert len(layout.tiers) == len(set(layout.caps)) <= (most if tiered else 1)
@@ -55,7 +62,7 @@ def test_one_layout_seats_every_cohort(population, lanes, tiered, most):
         own, loads = ranks[cohort], np.random.default_rng(len(cohort)).integers(0, 9, len(cohort))
         seats = place(own, loads, layout)
         taken = seats != EMPTY
-        assert seats.shape == (lanes, len(layout.caps))
+        assert seats.shape == (groups * chunks, len(layout.caps))
         assert sorted(seats[taken]) == list(range(len(cohort)))
         assert (np.where(taken, own[seats], 0) <= np.array(layout.caps)).all()
         assert_tiers_by_load(np.where(taken, loads[seats], -1), layout)
@@ -69,13 +76,13 @@ def assert_tiers_by_load(loads, layout):
         start += count
 
 
-@given(population=populations(), lanes=st.integers(1, 6))
-def test_slots_are_no_larger_than_needed(population, lanes):
+@given(population=populations(), chunks=st.integers(1, 6))
+def test_slots_are_no_larger_than_needed(population, chunks):
     """Without rounding, each cap is the rank of some client of the population; one cohort on one lane fits exactly."""
     r, ranks, cohorts = population
-    layout = plan_layout(ranks, cohorts, r=r, lanes=lanes, tiered=True, max_tiers=r)
+    layout = plan_layout(ranks, cohorts, r=r, tiered=True, chunks=chunks, max_tiers=r)
     assert set(layout.caps) <= set(ranks.tolist())
-    alone = plan_layout(ranks, cohorts[:1], r=r, lanes=1, tiered=True, max_tiers=r)
+    alone = plan_layout(ranks, cohorts[:1], r=r, tiered=True, max_tiers=r)
     assert list(alone.caps) == sorted(ranks[cohorts[0]], reverse=True)
     own = ranks[cohorts[0]]
     assert (own[place(own, own, alone)[0]] == alone.caps).all()
@@ -92,27 +99,32 @@ def test_slots_are_no_larger_than_needed(population, lanes):
 )
 def test_tiers_become_one_where_that_adds_the_least_rank(ranks, most, tiers):
     everybody = np.arange(len(ranks))
-    layout = plan_layout(np.array(ranks), [everybody], r=64, lanes=1, tiered=True, max_tiers=most)
+    layout = plan_layout(np.array(ranks), [everybody], r=64, tiered=True, max_tiers=most)
     assert layout.tiers == tiers
+
+
+def test_no_group_has_more_chunks_than_clients():
+    layout = plan_layout(np.array([2, 4, 8, 8, 8]), [np.arange(5)], r=8, tiered=True, groups=2, chunks=99)
+    assert layout == ((8,), 2, 3)
 
 
 def test_a_layout_for_one_cohort_need_not_hold_another():
     ranks = np.array([1, 1, 8])
-    layout = plan_layout(ranks, [np.array([0, 1])], r=8, lanes=1, tiered=True)
+    layout = plan_layout(ranks, [np.array([0, 1])], r=8, tiered=True)
     assert layout.caps == (1, 1)
     assert ranks[1:][place(ranks[1:], np.ones(2, int), layout)].max() > max(layout.caps)
 
 
 @pytest.mark.parametrize(("size", "lanes"), [(5, 2), (3, 8), (1, 1), (8, 4)])
 def test_empty_slots_are_the_last_ones(size, lanes):
-    layout = Layout((size,) * -(-size // lanes), lanes)
+    layout = Layout((size,) * -(-size // lanes), groups=lanes)
     seats = place(np.full(size, size), np.arange(size), layout).ravel()
     assert seats.tolist() == [*range(size - 1, -1, -1), *[EMPTY] * (seats.size - size)]
 
 
 def test_like_clients_share_a_lane_and_groups_of_devices_share_the_work():
     ranks, loads = np.array([8, 8, 8, 8, 4, 4, 4, 4]), np.array([1, 7, 6, 2, 9, 3, 8, 2])
-    layout = Layout((8, 4), lanes=4)
+    layout = Layout((8, 4), groups=2, chunks=2)
     seats = place(ranks, loads, layout)
     assert loads[seats].tolist() == [[7, 9], [6, 8], [2, 3], [1, 2]]
     by_group = dealt(loads[seats], groups=2)

@@ -69,6 +69,21 @@ def test_the_defaults_are_the_papers():
         ({"federation__num_clients": 0}, "federation.num_clients: found 0"),
         ({"federation__min_local_steps": 11}, "federation.min_local_steps: found 11, expected at most"),
         ({"federation__failure_rate": 1.0}, "federation.failure_rate: found 1.0"),
+        (
+            {"federation__devices": {"phone": {"memory_gb": 8, "gflop": 1, "down_mbps": 1, "up_mbps": 1}}},
+            "unknown setting federation.devices.phone.gflop; did you mean federation.devices.phone.gflops?",
+        ),
+        (
+            {"federation__clients_asked": 9},
+            "federation.clients_asked: found 9 without federation.clients_per_round",
+        ),
+        (
+            {"federation__clients_asked": 9, "federation__clients_per_round": 5},
+            "federation.clients_asked: found 9 without federation.devices",
+        ),
+        ({"mesh__clients": 0}, "mesh.clients: found 0, expected -1 (all that are left) or at least 1"),
+        ({"mesh__cpu_devices": 0}, "mesh.cpu_devices: found 0, expected -1 (one for each core) or 1 to 256"),
+        ({"mesh__cpu_devices": 1000}, "mesh.cpu_devices: found 1000, expected -1"),
         ({"data__row_length": 64}, "data.row_length: found 64, expected at least data.max_length = 128"),
         ({"client_optimizer__learning_rate": 0}, "client_optimizer.learning_rate: found 0"),
         ({"client_optimizer__learning_rate": float("nan")}, "client_optimizer.learning_rate: found nan"),

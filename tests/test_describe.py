@@ -94,7 +94,7 @@ def needed_by_xla(
         model.score,
         method,
         ClientOptimizer(optax.scale_by_adam(), lambda step: jnp.float32(0.1)),
-        Layout(ranks, 1),
+        Layout(ranks),
         local_steps=2,
     )
 
@@ -163,6 +163,8 @@ def test_a_config_alone_is_enough(world, capsys, tmp_path):
         (["--clients", "0"], "clients: found 0, expected at least 1"),
         (["--target-modules", "q_proj"], "lora.target_modules: 'q_proj' matches no module"),
         (["--rank", "8"], "unknown argument --rank"),
+        (["--seq-length", "21"], "seq_length: found 21, but the model takes at most 20 tokens"),
+        (["--tensor", "3"], "mesh.tensor: found 3, which does not divide dimension"),
     ],
 )
 def test_what_cannot_be_described_is_refused(world, capsys, arguments, words):

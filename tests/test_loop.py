@@ -16,11 +16,11 @@ from safetensors.numpy import load_file
 from fslora_jax.config import load_config, make_config
 from fslora_jax.data.batches import BatchShape
 from fslora_jax.federation import books, feed, shapes
-from fslora_jax.federation.calls import Programs, calls_of, cohort_of, cohorts_of
+from fslora_jax.federation.calls import Programs, calls_of, cohort_of
 from fslora_jax.federation.cohort import sample_cohort
 from fslora_jax.federation.meter import Meter
 from fslora_jax.federation.optimizer import make_client_optimizer
-from fslora_jax.federation.setup import set_up
+from fslora_jax.federation.setup import fed, set_up
 
 Q_RANK = 2 * 2 * (16 + 16)
 """Values of a unit of rank: query and value in two layers, 16 to 16."""
@@ -183,7 +183,7 @@ def federation_of(world: runs.World, **changes):
 
 def test_sampled_cohorts_differ_from_round_to_round_and_are_of_their_size(world):
     _, federation = federation_of(world, federation__num_rounds=20)
-    cohorts = [federation.cohort(t) for t in range(20)]
+    cohorts = [federation.feed.cohort(t) for t in range(20)]
     assert {len(set(cohort.tolist())) for cohort in cohorts} == {3}
     assert len({tuple(cohort) for cohort in cohorts}) > 5
     assert set(np.concatenate(cohorts)) == set(range(5))
@@ -194,8 +194,8 @@ def test_a_round_that_needs_more_rows_than_were_planned_gets_them(world, tmp_pat
     rows, enough = [], shapes.PLANNED
     for planned in (enough, 1):  # all rounds are laid out beforehand, then only the first
         monkeypatch.setattr(shapes, "PLANNED", planned)
-        config, federation = federation_of(world, **changes)
-        rows.append([cohort_of(config, federation, t).batches.tokens.shape[-2] for t in (0, 1)])
+        _, federation = federation_of(world, **changes)
+        rows.append([cohort_of(federation, t).batches.tokens.shape[-2] for t in (0, 1)])
         runs.train(world, tmp_path / str(planned), **changes)
     assert rows == [[4, 4], [3, 4]]
     close(tmp_path / str(enough), tmp_path / "1")
@@ -218,11 +218,11 @@ def test_several_rounds_in_one_call_are_the_same_to_the_bit(world, tmp_path, mon
 
 
 def test_rounds_of_a_call_have_one_shape(world):
-    config, federation = federation_of(world, data__row_length=12)
-    planned = federation._replace(shape=federation.shape._replace(rows=3))  # rounds need 3, 4, 3 and 4
-    together = cohorts_of(config, planned, range(4))
+    _, federation = federation_of(world, data__row_length=12)
+    planned = fed(federation, shape=federation.feed.shape._replace(rows=3))  # rounds need 3, 4, 3 and 4
+    together = cohort_of(planned, *range(4))
     for i in range(4):
-        alone = cohort_of(config, federation, i)
+        alone = cohort_of(federation, i)
         for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             np.testing.assert_array_equal(a[i], b)
 
@@ -271,10 +271,10 @@ def test_a_grown_shape_holds_what_is_needed(rows, places, more_rows, more_places
 
 @pytest.mark.parametrize("weights", ["uniform", "examples"])
 def test_weights_of_the_average(world, weights):
-    config, federation = federation_of(world, federation__client_weights=weights)
-    clients = cohort_of(config, federation, 0).clients
+    _, federation = federation_of(world, federation__client_weights=weights)
+    clients = cohort_of(federation, 0).clients
     found = dict(zip(np.ravel(clients.id).tolist(), np.ravel(clients.weight).tolist(), strict=True))
-    cohort = federation.cohort(0)
+    cohort = federation.feed.cohort(0)
     sizes = np.array(
         [len(federation.task.population.examples[c]) if weights == "examples" else 1 for c in cohort]
     )

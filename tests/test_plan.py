@@ -24,7 +24,7 @@ from fslora_jax.federation.method import make_method
 from fslora_jax.methods import METHODS, Spec
 from fslora_jax.models.families import build_model
 from fslora_jax.plan import topology
-from fslora_jax.plan.abstract import abstract_arguments, abstract_model, placed
+from fslora_jax.plan.abstract import abstract_arguments, abstract_model, with_places
 from fslora_jax.plan.apart import apart
 from fslora_jax.plan.command import plan_command
 from fslora_jax.plan.compiled import Compiled, layout_of, round_of, text_of
@@ -148,7 +148,7 @@ def model_of(config, **options):
 def traced(config):
     chosen = config.model
     model = model_of(config, dtype=chosen.dtype, attention=chosen.attention, remat=chosen.remat)
-    layout = layout_of(config, model, config.federation.cohort_chunks)
+    layout = layout_of(config, model, 1)
     arguments = abstract_arguments(config, model, BatchShape(3, 12, 0), layout)
     return jax.jit(round_of(config, model, layout, None)).trace(*arguments)
 
@@ -160,10 +160,10 @@ def exported(platform, config, sizes=None, rows=4):
     """The real round, lowered here for another platform, and how often each of its custom calls stands in it."""
     mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3) if sizes else None
     model = model_of(config, dtype=config.model.dtype, attention=config.model.attention)
-    layout = layout_of(config, model, client_groups(mesh) * config.federation.cohort_chunks)
+    layout = layout_of(config, model, client_groups(mesh))
     arguments = abstract_arguments(config, model, BatchShape(rows, 16, 0), layout)
     if mesh is not None:
-        arguments = placed(arguments, mesh, [])
+        arguments = with_places(arguments, mesh, [])
     found = jax.export.export(
         jax.jit(round_of(config, model, layout, mesh)),
         platforms=[platform],

@@ -9,7 +9,7 @@ import runs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fslora_jax.config import Config, DataConfig, FederationConfig, ModelConfig, make_config
+from fslora_jax.config import Config, DataConfig, FederationConfig, ModelConfig, load_config, make_config
 from fslora_jax.errors import UserError
 from fslora_jax.federation.calls import cohort_of
 from fslora_jax.federation.feed import counted_steps, round_seconds
@@ -132,10 +132,10 @@ def test_who_downloads_what_all_send_waits_for_it(world):
         "test",
     )
     federation = set_up(config)
-    population, ids = federation.task.population, federation.cohort(0)
+    population, ids = federation.task.population, federation.feed.cohort(0)
     clients = Client(ids, population.ranks[ids], np.ones(len(ids)))
     counted = federation.method.traffic(0, clients, head_values(federation)).down
-    seconds = round_seconds(population, federation.steps, ids, 0)
+    seconds = round_seconds(population, federation.feed.steps, ids, 0)
     assert seconds == pytest.approx(counted.max(), rel=1e-3)
     assert seconds > 4 * 4 * (16 + 16) * clients.k.sum()
 
@@ -164,18 +164,18 @@ def test_operations_of_a_step_by_hand():
 
 
 def test_the_first_reports_count_and_the_others_weigh_nothing(unequal):
-    config, federation = unequal
-    population, steps = federation.task.population, federation.steps
+    _, federation = unequal
+    population, steps = federation.task.population, federation.feed.steps
     late = 0
     for t in range(20):
-        ids = federation.cohort(t)
+        ids = federation.feed.cohort(t)
         done, counted = steps.done(12, t)[ids], counted_steps(population, steps, ids, t)
         seconds = population.clock.seconds(t, ids, population.ranks[ids], done)
         first = sorted((second, i) for i, second in enumerate(seconds) if done[i])[:4]
         assert np.flatnonzero(counted).tolist() == sorted(i for _, i in first)
         assert (counted[counted > 0] == done[counted > 0]).all()
         late += int((done > 0).sum() > 4)
-        clients, batches = cohort_of(config, federation, t)
+        clients, batches = cohort_of(federation, t)
         weights = dict(zip(np.ravel(clients.id).tolist(), np.ravel(clients.weight).tolist(), strict=True))
         kept = ids[counted > 0]
         assert {c for c, weight in weights.items() if weight > 0} == set(kept.tolist())
@@ -184,13 +184,26 @@ def test_the_first_reports_count_and_the_others_weigh_nothing(unequal):
     assert late > 5
 
 
+def test_where_nobody_reports_there_is_no_loss_and_the_server_waits_for_the_slowest(world, tmp_path):
+    changes = CHANGES | {"federation__failure_rate": 1 - 1e-9, "federation__num_rounds": 1}
+    run = runs.train(world, tmp_path / "run", **changes)
+    federation = set_up(load_config(run / "config.yaml"))
+    population, steps, ids = federation.task.population, federation.feed.steps, federation.feed.cohort(0)
+    everything = np.full(len(ids), steps.local_steps)
+    seconds = population.clock.seconds(0, ids, population.ranks[ids], everything)
+    record = runs.records(run)[1]
+    assert record["clients/reported"] == 0
+    assert "train/loss" not in record
+    assert record["clock/simulated_seconds"] == pytest.approx(seconds.max()) and seconds.max() > 0
+
+
 def test_a_run_keeps_simulated_time_and_goes_on_with_it(world, unequal, tmp_path):
     _, federation = unequal
     run = runs.train(world, tmp_path / "run", **CHANGES)
     population, total = federation.task.population, 0.0
     for record in runs.records(run)[1:]:
-        ids = federation.cohort(record["round"] - 1)
-        counted = counted_steps(population, federation.steps, ids, record["round"] - 1)
+        ids = federation.feed.cohort(record["round"] - 1)
+        counted = counted_steps(population, federation.feed.steps, ids, record["round"] - 1)
         total += population.clock.seconds(record["round"] - 1, ids, population.ranks[ids], counted)[
             counted > 0
         ].max()
@@ -213,7 +226,10 @@ def test_a_run_keeps_simulated_time_and_goes_on_with_it(world, unequal, tmp_path
         ({"federation__ranks": "turn"}, "federation.round_deadline: found 0.29, but only ranks: device"),
         ({"federation__clients_asked": 3}, "federation.clients_asked: found 3, expected 4"),
         ({"federation__clients_asked": 13}, r"to 12 \(num_clients\)"),
-        ({"federation__clients_per_round": None}, "clients_asked: needs federation.clients_per_round"),
+        (
+            {"federation__clients_per_round": None},
+            "clients_asked: found 6 without federation.clients_per_round",
+        ),
         ({"federation__devices__phone__gflop": 1}, "unknown setting federation.devices.phone.gflop"),
         (
             {"federation__round_deadline": 1e-6},

@@ -212,9 +212,9 @@ def test_a_seed_gives_the_same_bits_and_another_seed_other_draws():
 def test_one_executable_serves_all_rounds_and_all_ratios():
     optimizer = toy.OPTIMIZERS["sgd"][0]
     cohorts = [sample_cohort(0, t, len(toy.RANKS), 3) for t in range(6)]
-    tiers = plan_layout(toy.RANKS, cohorts, r=toy.R, lanes=1, tiered=True)
+    tiers = plan_layout(toy.RANKS, cohorts, r=toy.R, tiered=True)
     toy.play(toy.METHOD, optimizer, cohorts=cohorts, layout=tiers)
-    masks = plan_layout(toy.RANKS, toy.COHORTS, r=toy.R, lanes=1, tiered=False)
+    masks = plan_layout(toy.RANKS, toy.COHORTS, r=toy.R, tiered=False)
     for ranks in (toy.RANKS, np.arange(7) % toy.R + 1, np.full(7, toy.R)):
         toy.play(toy.METHOD, optimizer, population=toy.make_population(ranks=ranks), layout=masks)
     for layout in (tiers, masks):

@@ -125,7 +125,7 @@ class Quadratic:
         )
         cohort = jax.tree.map(lambda x: x[None, None], Cohort(clients, nothing))
         optimizer = ClientOptimizer(optax.identity(), lambda _: jnp.float32(self.lr))
-        one_round = jax.jit(make_round(score, method, optimizer, Layout(tuple(k.tolist()), 1), local_steps=1))
+        one_round = jax.jit(make_round(score, method, optimizer, Layout(tuple(k.tolist())), local_steps=1))
         moved = one_round(jnp.float32(self.w0), server, constants_of(5), cohort)[0].weights.adapter["q"]
         return np.asarray(moved.b - pair.b)[0].T, np.asarray(moved.a - pair.a)[0]
 

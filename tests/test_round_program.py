@@ -78,7 +78,7 @@ def compiled(
         score or made.score,
         federated,
         ClientOptimizer(optax.trace(0.9), lambda step: jnp.float32(0.1)),
-        Layout(caps, 1),
+        Layout(caps),
         local_steps=H,
         dropout=dropout,
     )

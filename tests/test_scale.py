@@ -10,13 +10,14 @@ import pytest
 import runs
 
 from fslora_jax.config import make_config
+from fslora_jax.errors import UserError
 from fslora_jax.models.kernels import laid_out
 from fslora_jax.plan.abstract import abstract_model
 from fslora_jax.scale import command
 from fslora_jax.scale import measure as measuring
 from fslora_jax.scale.curves import CURVES, Point, changed
 from fslora_jax.scale.measure import measure
-from fslora_jax.scale.worker import analysed, prepared, sizes_of
+from fslora_jax.scale.worker import analysed, ready_round, sizes_of
 
 FIELDS = {
     **runs.SIZES,
@@ -86,7 +87,7 @@ def test_weak_and_strong_scaling(config):
 
 
 def rounds(point, folder):
-    return prepared(point, abstract_model(point.config, LABELS, point.fields), folder)
+    return ready_round(point, abstract_model(point.config, LABELS, point.fields), folder)
 
 
 def test_a_point_is_a_round_on_texts_of_one_length(config, tmp_path):
@@ -100,6 +101,12 @@ def test_a_point_is_a_round_on_texts_of_one_length(config, tmp_path):
     assert tokens + weights < facts["arguments"] < 1.2 * (tokens + weights)
     assert facts["exchanged"] == 0
     assert facts["outputs"] == analysed(point, abstract_model(point.config, LABELS))["outputs"]
+
+
+def test_texts_longer_than_the_model_takes_are_refused(config, tmp_path):
+    point = points("length", config, 21)["one text a row"]
+    with pytest.raises(UserError, match=r"data.max_length: found 21, .* takes at most 20 tokens"):
+        rounds(point, tmp_path)
 
 
 def test_a_point_whose_clients_remember_something(config, tmp_path):
@@ -126,7 +133,7 @@ def test_what_two_processes_exchange_is_one_sum_of_the_adapter(config):
     ("seconds", "repeats", "timed"), [(1.0, 3, 5), (9.0, 3, 3), (0.01, 3, 50), (0.01, 60, 60)]
 )
 def test_short_rounds_are_timed_more_often(monkeypatch, seconds, repeats, timed):
-    monkeypatch.setattr(measuring, "together", lambda workers, command: [{"seconds": seconds}])
+    monkeypatch.setattr(measuring, "ask_all", lambda workers, command: [{"seconds": seconds}])
     assert len(measuring.timed([], repeats)) == timed
 
 
@@ -159,7 +166,10 @@ def test_points_that_are_there_are_not_measured_again(config, tmp_path, monkeypa
     drawn = {path.name for path in out.glob("*.png")}
     assert drawn == {f"cohort_{column}.png" for column in CURVES["cohort"].drawn}
     assert "seconds per client, largest over smallest 1.00" in capsys.readouterr().out
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "cohort.json").write_text('{"points": []}')
     for argv, message in (
+        (["--out", tmp_path / "other"], "cohort.json: has no 'config'"),
         (["--lora.r", 4], "holds points of another config"),
         (["--repeats", 0], "expected 1 or more"),
     ):
@@ -173,6 +183,7 @@ def test_points_that_are_there_are_not_measured_again(config, tmp_path, monkeypa
     [
         (["ranks"], "unknown curve 'ranks'; did you mean rank?"),
         ([], "no curve; expected one of cohort, rank"),
+        (["cohort"], "scale cohort: no config file; expected fslora scale cohort CONFIG.yaml"),
     ],
 )
 def test_a_curve_must_be_named(world, capsys, argv, message):

@@ -7,12 +7,12 @@ from fslora_jax.data.partition import Partition
 from fslora_jax.data.tokens import TokenStore
 from fslora_jax.federation import shapes
 from fslora_jax.federation.cohort import Layout, sample_cohort
-from fslora_jax.federation.feed import Population, Steps, host_cohort
+from fslora_jax.federation.feed import Feed, Population, Steps, host_cohort
 from fslora_jax.federation.local import Passes
 from fslora_jax.federation.meter import cells
 
 CLIENTS, EACH, ROUNDS, WIDTH = 6, 40, 40, 300.0
-LAYOUT = Layout((4, 4, 2), lanes=2)
+LAYOUT = Layout((4, 4, 2), chunks=2)
 STEPS = Steps(seed=0, local_steps=2, batch_size=6, row_length=0, packing=True)
 
 
@@ -33,8 +33,9 @@ def cost(people: Population, steps: Steps, rounds: int) -> float:
     """Tokens computed with, at what each costs in rows of their length."""
     shape = shapes.plan_shape(people, steps, cohort, rounds)
     computed = 0
+    feed = Feed(steps, LAYOUT, cohort, shape)
     for t in range(rounds):
-        of_round = host_cohort(people, steps, LAYOUT, cohort(t), t, shape=shape, chunks=2, mesh=None)
+        of_round = host_cohort(people, feed, t)
         assert of_round.batches.segments.shape[-2:] == (shape.rows, shape.row_length)
         computed += cells(of_round.batches.segments, steps.passes)[1]
     return computed * (1 + shape.row_length / (4 / 3 * WIDTH))

@@ -254,7 +254,8 @@ def test_mistakes_in_a_study_are_one_line(world, study, capsys, tmp_path, grids,
         (b"grids: {", "is no YAML"),
         (b"- 1\n", "found list, expected a mapping"),
         (b"", "found NoneType, expected a mapping"),
-        (b"model: {name: m}\ndata: {}\n", "config: missing"),
+        (b"set: {}\n", "config: missing"),
+        (b"model: {name: m}\ndata: {}\n", "unknown setting model; expected one of config, question"),
         (b"config: none.yaml\ngrids: {g: {}}\n", "none.yaml: cannot be read"),
         (
             b"config: base.yaml\ngrids: {g: {}}\ncompare: seed\n",
@@ -283,6 +284,7 @@ def test_files_that_are_no_study(world, study, capsys, tmp_path, content, words)
         ("{study} --out {out} --set nope=1", "unknown setting nope"),
         ("{study} --out {out} --set data.name={{task}}", "expected names of axes in braces: ['seed']"),
         ("{study} --out {out} --part 0 0 --plan", "found 0 0, expected I N"),
+        ("{study} --out {out} --reuse {out}/none --plan", "none is no folder; expected the --out of a study"),
     ],
 )
 def test_mistakes_in_the_command_are_one_line(world, study, capsys, tmp_path, argv, words):

@@ -65,7 +65,7 @@ def play(steps: int, ks, rate, start, seed):
     method = fslora(SPEC, optax.sgd(1.0), redraw=True)
     frozen = method._replace(at_step=lambda *given: only(method.at_step(*given), a=0.0))
     optimizer = ClientOptimizer(optax.identity(), lambda _: rate)
-    one_round = make_round(score, frozen, optimizer, Layout((R,) * CLIENTS, 1), local_steps=steps)
+    one_round = make_round(score, frozen, optimizer, Layout((R,) * CLIENTS), local_steps=steps)
     constants = Constants(Keys(*jax.random.split(jax.random.key(seed), 4)), Rates())
     clients = Client(jnp.arange(CLIENTS), ks, jnp.full(CLIENTS, 1 / CLIENTS))
     empty = jnp.zeros((CLIENTS, steps, 1, 1), int)

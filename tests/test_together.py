@@ -72,7 +72,7 @@ def vmapped(one_round):
 @pytest.mark.parametrize("how", [None, vmapped], ids=["as on a CPU", "vmapped"])
 def test_each_finds_what_it_finds_alone(world, study, alone, tmp_path, monkeypatch, capsys, how):
     if how is not None:
-        monkeypatch.setattr(calls, "together", how)
+        monkeypatch.setattr(calls, "several_runs", how)
     runs.call(world, "study", study, "--out", tmp_path)
     assert capsys.readouterr().err.count("compiling the round of ") == 3
     same(tmp_path, alone)
@@ -124,7 +124,8 @@ def test_where_memory_is_short_they_go_one_by_one(world, study, alone, tmp_path,
 
     monkeypatch.setattr(study_run, "run_together", short)
     runs.call(world, "study", study, "--out", tmp_path, "--grids", "skew")
-    assert "together: RESOURCE_EXHAUSTED: Out of memory; going on one by one" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert "together: memory: RESOURCE_EXHAUSTED: Out of memory; raise federation.cohort_chunks" in said
     same(tmp_path, alone, ["skew"])
 
 

@@ -16,7 +16,7 @@ from fslora_jax.data.batches import BatchShape
 from fslora_jax.data.partition import Partition
 from fslora_jax.data.tokens import TokenStore
 from fslora_jax.federation.cohort import Layout, plan_layout
-from fslora_jax.federation.feed import Population, Steps, make_cohort
+from fslora_jax.federation.feed import Feed, Population, Steps, make_cohort
 from fslora_jax.federation.local import ClientOptimizer, Passes, ScoreFn
 from fslora_jax.federation.round import Cohort, constants_of, make_round
 from fslora_jax.methods import Method, Server, Spec, fslora
@@ -214,17 +214,20 @@ def play(
     steps: Steps = STEPS,
 ) -> Played:
     """Plays one round for each cohort with the package's compiled round."""
-    lanes = chunks * client_groups(mesh)
+    groups = client_groups(mesh)
     if layout is None:
-        layout = plan_layout(population.ranks, cohorts, r=R, lanes=lanes, tiered=tiered, max_tiers=R)
+        layout = plan_layout(
+            population.ranks, cohorts, r=R, tiered=tiered, groups=groups, chunks=chunks, max_tiers=R
+        )
     in_passes = (steps.passes,) if steps.passes else ()
     one_round = compiled_round(method, optimizer, layout, dropout, mesh, *in_passes)
     first = start(method) if server is None else server
     constants = constants_of(seed, mesh=mesh)
     base, server = jax.device_put((BASE, first), replicated(mesh))
     servers, losses, memories = [server], {}, {}
-    for t, ids in enumerate(cohorts):
-        cohort = make_cohort(population, steps, layout, ids, t, shape=SHAPE, chunks=chunks, mesh=mesh)
+    feed = Feed(steps, layout, cohorts.__getitem__, SHAPE)
+    for t in range(len(cohorts)):
+        cohort = make_cohort(population, feed, [t], mesh)
         cohort = remembering(method, first, memories, cohort)
         server, played = one_round(base, server, constants, cohort)
         servers.append(server)

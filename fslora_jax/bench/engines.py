@@ -38,6 +38,7 @@ from fslora_jax.federation.memories import remembering
 from fslora_jax.federation.round import Cohort, Constants, announced, client_keys, local_training
 from fslora_jax.federation.setup import (
     Federation,
+    fed,
     federation_of,
     initial_server,
     load_task,
@@ -54,34 +55,29 @@ Round = Callable[[], object]
 """Does one round and waits for its end; the first call also compiles."""
 
 
-def with_layout(
-    config: Config, federation: Federation, *, tiered: bool, chunks: int
-) -> tuple[Config, Federation]:
+def with_layout(federation: Federation, *, tiered: bool, chunks: int) -> Federation:
     """The same federation with another layout of the cohort."""
-    population, lanes = federation.task.population, federation.layout.lanes
-    devices = lanes // config.federation.cohort_chunks
     layout = plan_layout(
-        population.ranks,
-        [federation.cohort(0)],
+        federation.task.population.ranks,
+        [federation.feed.cohort(0)],
         r=federation.spec.r,
-        lanes=devices * chunks,
         tiered=tiered and not federation.method.traits.holds_all,
+        groups=federation.feed.layout.groups,
+        chunks=chunks,
     )
-    changed = config.federation.model_copy(update={"cohort_chunks": chunks})
-    return config.model_copy(update={"federation": changed}), federation._replace(layout=layout)
+    return fed(federation, layout=layout)
 
 
 def compiled(config: Config, federation: Federation, *, tiered: bool, chunks: int | None = None) -> Round:
     """This package's round."""
-    chunks = config.federation.cohort_chunks if chunks is None else chunks
-    config, federation = with_layout(config, federation, tiered=tiered, chunks=chunks)
+    federation = with_layout(federation, tiered=tiered, chunks=chunks or federation.feed.layout.chunks)
     server, constants = initial_server(config, federation), run_constants(config, federation.mesh)
     base, folder, programs = training_base(config, federation), Path(mkdtemp()), []
     atexit.register(rmtree, folder, ignore_errors=True)
     memories = open_memories(config, federation, server, folder)
 
     def batches() -> Cohort:
-        return remembering(cohort_of(config, federation, 0), memories)
+        return remembering(cohort_of(federation, 0), memories)
 
     def arguments() -> tuple[Server, Cohort]:
         return jax.tree.map(jnp.copy, server), batches()
@@ -101,9 +97,9 @@ def compiled(config: Config, federation: Federation, *, tiered: bool, chunks: in
 
 def chunked(config: Config, federation: Federation) -> Round:
     """This package's round in the config's chunks, or where it has none with one client of each device at a time."""
-    chunks = config.federation.cohort_chunks
+    _, groups, chunks = federation.feed.layout
     if chunks == 1:
-        chunks = -(-config.clients_per_round // federation.layout.lanes)
+        chunks = -(-config.clients_per_round // groups)
     return compiled(config, federation, tiered=True, chunks=chunks)
 
 
@@ -120,7 +116,8 @@ def python_loop(config: Config, federation: Federation) -> Round:
     add, update = jax.jit(merge), jax.jit(partial(updated, method, constants))
 
     def one_round() -> Server:
-        cohort = jax.tree.map(lambda x: x[0], hosted(config, federation))  # of the only group
+        cohort = host_cohort(federation.task.population, federation.feed, 0)
+        cohort = jax.tree.map(lambda x: x[0], cohort)  # of the only group
         here = move(base, server) if method.traits.moves_base else base
         told = server._replace(announced=announced(method, cohort.clients, None))
         total = None
@@ -132,20 +129,6 @@ def python_loop(config: Config, federation: Federation) -> Round:
         return jax.block_until_ready(update(server, total))
 
     return one_round
-
-
-def hosted(config: Config, federation: Federation) -> Cohort:
-    """Round 0's cohort as NumPy arrays."""
-    return host_cohort(
-        federation.task.population,
-        federation.steps,
-        federation.layout,
-        federation.cohort(0),
-        0,
-        shape=federation.shape,
-        chunks=config.federation.cohort_chunks,
-        mesh=federation.mesh,
-    )
 
 
 def one_client(
@@ -163,10 +146,10 @@ def one_client(
         federation.task.model.score,
         method,
         federation.optimizer,
-        Layout((cap,), 1),
+        Layout((cap,)),
         local_steps=config.federation.local_steps,
         dropout=config.lora.lora_dropout > 0,
-        passes=federation.steps.passes,
+        passes=federation.feed.steps.passes,
     )
     (before,), (after,), _ = locally(base, server, constants, alone)
     keys = client_keys(constants.keys.network, server, alone.clients.id)
@@ -186,15 +169,15 @@ def drjax_map(config: Config, federation: Federation) -> Round:
     """
     import drjax
 
-    config, federation = with_layout(config, federation, tiered=False, chunks=1)
-    federation = federation._replace(steps=federation.steps._replace(passes=None))
+    federation = with_layout(federation, tiered=False, chunks=1)
+    federation = fed(federation, steps=federation.feed.steps._replace(passes=None))
     method, r, mesh = federation.method, federation.spec.r, federation.mesh
     ready = partial(
         narrowed, products=config.model.products
     )  # a copy for each client: turned kernels only cost
     base = federation.task.base if method.traits.moves_base else ready(federation.task.base)
     server, constants = initial_server(config, federation), run_constants(config, mesh)
-    cohort = cohort_of(config, federation, 0)
+    cohort = cohort_of(federation, 0)
     slots = cohort.clients.id.size
 
     @drjax.program(placements={CLIENTS: slots})

@@ -32,7 +32,7 @@ def torch_engine(config: Config, federation: Federation, *, pad_to_max: bool) ->
 
     parts, r = list(parts_of(federation)), federation.spec.r
     factors = [
-        np.asarray(federation.optimizer.schedule(h)).item() for h in range(federation.steps.local_steps)
+        np.asarray(federation.optimizer.schedule(h)).item() for h in range(federation.feed.steps.local_steps)
     ]
     device = torch_device()
     model = wrapped_model(config, federation, device)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from fslora_jax.config import Config
 from fslora_jax.data.batches import FILLER
 from fslora_jax.federation.calls import cohort_of
 from fslora_jax.federation.feed import lengths_of, seat
@@ -40,8 +39,8 @@ class Part(NamedTuple):
 
 def parts_of(federation: Federation) -> Iterator[Part]:
     """The parts in round 0 of the clients whose reports count."""
-    ids, population = federation.cohort(0), federation.task.population
-    clients, chosen = seat(population, federation.steps, federation.layout, ids, 0)
+    feed = federation.feed
+    clients, chosen = seat(federation.task.population, feed.steps, feed.layout, feed.cohort(0), 0)
     for place in zip(*np.nonzero(clients.weight), strict=True):
         yield Part(int(clients.k[place]), float(clients.weight[place]), chosen[place])
 
@@ -56,8 +55,8 @@ def work_of(federation: Federation) -> Work:
     return Work(len(parts), int((chosen != FILLER).sum()), int(lengths.sum()), float(flops))
 
 
-def fill_of(config: Config, federation: Federation) -> float:
+def fill_of(federation: Federation) -> float:
     """Which part of the tokens that this package computes with are real, in round 0."""
-    batches = cohort_of(config, federation, 0).batches
-    real, computed = cells(np.asarray(batches.segments), federation.steps.passes)
+    batches = cohort_of(federation, 0).batches
+    real, computed = cells(np.asarray(batches.segments), federation.feed.steps.passes)
     return real / computed

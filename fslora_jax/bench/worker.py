@@ -4,6 +4,8 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from fslora_jax.bench.torch_loop import torch_device
 from fslora_jax.bench.work import fill_of, work_of
 from fslora_jax.chips import peak_rate
 from fslora_jax.config import Config, ModelConfig, load_config
-from fslora_jax.errors import UserError
+from fslora_jax.errors import UserError, memory_told
 from fslora_jax.federation.setup import Federation, settle_devices
 
 PRODUCTS = 8
@@ -70,18 +72,28 @@ def say(answer: dict[str, Any]) -> None:
     print(json.dumps(answer), file=sys.__stdout__, flush=True)
 
 
+@contextmanager
+def mistakes_told() -> Iterator[None]:
+    """Answers with a user's mistake, and ends."""
+    try:
+        with memory_told():
+            yield
+    except UserError as error:
+        say({"error": str(error)})
+
+
 def main() -> None:
     """``python -m fslora_jax.bench.worker ENGINE CONFIG.yaml``; commands: ``rate``, ``run``, ``peak``."""
     sys.stdout = sys.stderr
     engine, path = sys.argv[1:]
-    try:
+    with mistakes_told():
         config = load_config(Path(path))
         if engine not in ONE_BY_ONE:
             settle_devices(config)
         kind = devices_here()[0].device_kind
         federation, one_round = engine_round(engine, config)
         work, peak = work_of(federation), peak_of(engine, config, federation)
-        fill = fill_of(config, federation)
+        fill = fill_of(federation)
         say({"work": work._asdict(), "fill": fill, "device": kind, "peak_flops_per_second": peak})
         for command in sys.stdin:
             if command.strip() == "rate":
@@ -92,8 +104,6 @@ def main() -> None:
                 started = time.perf_counter()
                 one_round()
                 say({"seconds": time.perf_counter() - started})
-    except UserError as error:
-        say({"error": str(error)})
 
 
 if __name__ == "__main__":

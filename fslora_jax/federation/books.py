@@ -105,7 +105,7 @@ class Books:
 
     def _write(self, given: Given) -> None:
         runs, federation, config = self._runs, self._runs[0].federation, self._runs[0].config
-        passes, rounds = federation.steps.passes, given.call.rounds
+        passes, rounds = federation.feed.steps.passes, given.call.rounds
         count = len(runs) * len(rounds)
         speed = speed_of(given.cohort, passes, config.clients_per_round, self._seconds, given.waited, count)
         for one in runs:

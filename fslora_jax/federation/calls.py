@@ -10,8 +10,8 @@ from jaxtyping import PyTree
 
 from fslora_jax.backend import compiler_options
 from fslora_jax.config import Config
-from fslora_jax.federation.feed import make_cohort, make_cohorts
-from fslora_jax.federation.round import SERVER, Cohort, Constants, make_round, several, together
+from fslora_jax.federation.feed import make_cohort
+from fslora_jax.federation.round import SERVER, Cohort, Constants, make_round, several_rounds, several_runs
 from fslora_jax.federation.setup import Federation
 from fslora_jax.methods import Server
 from fslora_jax.models import shifted
@@ -42,34 +42,9 @@ def calls_of(config: Config, done: int) -> list[Call]:
     return calls
 
 
-def cohort_of(config: Config, federation: Federation, t: int) -> Cohort:
-    """The arrays of round ``t``."""
-    return make_cohort(
-        federation.task.population,
-        federation.steps,
-        federation.layout,
-        federation.cohort(t),
-        t,
-        shape=federation.shape,
-        chunks=config.federation.cohort_chunks,
-        mesh=federation.mesh,
-    )
-
-
-def cohorts_of(config: Config, federation: Federation, rounds: range) -> Cohort:
-    """The arrays of the rounds of one call; several have a leading axis."""
-    if len(rounds) == 1:
-        return cohort_of(config, federation, rounds.start)
-    return make_cohorts(
-        federation.task.population,
-        federation.steps,
-        federation.layout,
-        federation.cohort,
-        rounds,
-        shape=federation.shape,
-        chunks=config.federation.cohort_chunks,
-        mesh=federation.mesh,
-    )
+def cohort_of(federation: Federation, *rounds: int) -> Cohort:
+    """The arrays of a round, or of the rounds of one call; several have a leading axis."""
+    return make_cohort(federation.task.population, federation.feed, rounds, federation.mesh)
 
 
 def by_round(rounds: range, values: T) -> Iterator[tuple[int, T]]:
@@ -139,17 +114,17 @@ def compile_round(
         federation.task.model.score,
         federation.method,
         federation.optimizer,
-        federation.layout,
+        federation.feed.layout,
         local_steps=config.federation.local_steps,
         dropout=config.lora.lora_dropout > 0,
-        passes=federation.steps.passes,
+        passes=federation.feed.steps.passes,
         mesh=federation.mesh,
         shift=lambda base, delta: arranged(config, federation.mesh, shifted(base, delta)),
     )
     if cohort.clients.id.ndim - (runs > 1) > 3:  # (rounds, groups, chunks, slots)
-        one_round = several(one_round)
+        one_round = several_rounds(one_round)
     if runs > 1:
-        one_round = together(one_round)
+        one_round = several_runs(one_round)
     program = jax.jit(
         one_round, donate_argnums=SERVER, compiler_options=compiler_options(config.model.products)
     )

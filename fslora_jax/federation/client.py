@@ -43,7 +43,7 @@ def train_clients(
       UserError: there is no such client.
     """
     population, method = federation.task.population, federation.method
-    steps = federation.steps.undisturbed()
+    steps = federation.feed.steps.undisturbed()
     for client in clients:
         if not 0 <= client < len(population.ranks):
             raise UserError(f"client {client}: expected one of 0 to {len(population.ranks) - 1}")
@@ -70,5 +70,5 @@ def train_clients(
         if memories is not None:
             who = who._replace(memory=memories.gather(id))
         batches = make_batch(population.store, population.labels, examples[None], shape, steps.packing)
-        layout = Layout((k if is_tiered(config, method) else federation.spec.r,), 1)
+        layout = Layout((k if is_tiered(config, method) else federation.spec.r,))
         yield client, trained(layout, base, server, constants, Cohort(who, batches))

@@ -19,10 +19,16 @@ EMPTY = -1
 
 
 class Layout(NamedTuple):
-    """``caps[j]``: rank of slot j, largest first; ``lanes`` = devices x chunks."""
+    """``caps[j]``: rank of slot j of a lane, largest first; ``groups`` of devices with ``chunks`` each."""
 
     caps: tuple[int, ...]
-    lanes: int
+    groups: int = 1
+    chunks: int = 1
+
+    @property
+    def lanes(self) -> int:
+        """In all groups."""
+        return self.groups * self.chunks
 
     @property
     def tiers(self) -> tuple[tuple[int, int], ...]:
@@ -69,26 +75,34 @@ def plan_layout(
     cohorts: Iterable[np.ndarray],
     *,
     r: int,
-    lanes: int,
     tiered: bool,
+    groups: int = 1,
+    chunks: int = 1,
     max_tiers: int = MOST_TIERS,
 ) -> Layout:
     """The smallest slots that hold every cohort of a run, so that one program serves all rounds.
 
-    ``ranks``: k of every client, by id. With clients sorted by rank, slot j of all lanes takes the j-th block of
-    ``lanes`` clients; its cap is the largest rank that block has in any round. Where that gives more than
-    ``max_tiers`` different caps, neighbours get the larger one's cap, first those to whom that adds least.
+    ``ranks``: k of every client, by id. With clients sorted by rank, slot j of all L lanes takes the j-th block of L
+    clients; its cap is the largest rank that block has in any round. Where that gives more than ``max_tiers``
+    different caps, neighbours get the larger one's cap, first those to whom that adds least. No group has more
+    ``chunks`` than clients.
 
-    >>> plan_layout(np.array([8, 16, 32, 48]), [np.arange(4)], r=64, lanes=1, tiered=True).tiers
+    >>> plan_layout(np.array([8, 16, 32, 48]), [np.arange(4)], r=64, tiered=True).tiers
     ((48, 2), (16, 2))
     """
-    blocks = (np.sort(ranks[cohort])[::-1][::lanes] for cohort in cohorts)
-    caps = next(blocks)
+    cohorts = iter(cohorts)
+    first = next(cohorts)
+    chunks = min(chunks, -(-len(first) // groups))
+
+    def largest(cohort: np.ndarray) -> np.ndarray:
+        return np.sort(ranks[cohort])[::-1][:: groups * chunks]
+
+    caps = largest(first)
     if not tiered:
-        return Layout((r,) * len(caps), lanes)
-    for block in blocks:
-        caps = np.maximum(caps, block)
-    layout = Layout(tuple(caps.tolist()), lanes)
+        return Layout((r,) * len(caps), groups, chunks)
+    for cohort in cohorts:
+        caps = np.maximum(caps, largest(cohort))
+    layout = Layout(tuple(caps.tolist()), groups, chunks)
     while len(layout.tiers) > max_tiers:
         layout = layout._replace(caps=_one_tier_less(layout))
     return layout
@@ -108,7 +122,7 @@ def place(
     A lane takes the time of its fullest client, so in a tier those of like ``loads`` (tokens of the round) share one;
     the first lanes are the fullest.
 
-    >>> place(np.array([8, 8, 8, 8]), np.array([50, 90, 60, 80]), Layout((8, 8), lanes=2)).tolist()
+    >>> place(np.array([8, 8, 8, 8]), np.array([50, 90, 60, 80]), Layout((8, 8), groups=2)).tolist()
     [[1, 3], [2, 0]]
     """
     by_rank = np.full(len(layout.caps) * layout.lanes, EMPTY)

@@ -136,17 +136,26 @@ def outputs(data: DataConfig, examples: Examples) -> int:
     return 1 if TASKS[data.task].kind == "regression" else len(examples.label_names)
 
 
+def check_length(length: int, model: Model, name: str) -> None:
+    """Refuses texts of more tokens than the model has positions.
+
+    Raises:
+      UserError: they are.
+    """
+    if length > model.max_length:
+        raise UserError(
+            f"data.max_length: found {length}, but the model in {name} takes at most {model.max_length} tokens; "
+            "choose at most that many"
+        )
+
+
 def tokenise(folder: Path, model: Model, examples: Examples, data: DataConfig) -> TokenStore:
     """Texts as the model's tokens.
 
     Raises:
       UserError: ``max_length`` is more than the model's positions, or the tokenizer is of another model.
     """
-    if data.max_length > model.max_length:
-        raise UserError(
-            f"data.max_length: found {data.max_length}, but the model in {folder.name} takes at most "
-            f"{model.max_length} tokens; choose at most that many"
-        )
+    check_length(data.max_length, model, folder.name)
     task, tokenizer = TASKS[data.task], load_tokenizer(folder)
     causal, end = task.kind == "causal", None
     if causal and task.render:

@@ -1,7 +1,7 @@
 """The host's side of a round: who takes part, with which examples, as arrays on the devices."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -83,12 +83,17 @@ def counted_steps(population: Population, steps: Steps, ids: Ids, round: int) ->
 
 
 def round_seconds(population: Population, steps: Steps, ids: Ids, round: int) -> float:
-    """Simulated seconds of a round: those of the last client whose report counts."""
+    """Simulated seconds of a round: those of the last client whose report counts.
+
+    Where nobody reports the server waits until the slowest, had it not failed, would have.
+    """
     done = counted_steps(population, steps, ids, round)
     if population.clock is None:
         return 0.0
+    if not done.any():
+        done = np.full(len(ids), steps.local_steps)
     seconds = population.clock.seconds(round, ids, population.ranks[ids], done)
-    return float(seconds[done > 0].max(initial=0.0))
+    return float(seconds[done > 0].max())
 
 
 def local_examples(
@@ -149,50 +154,37 @@ def fitting(shape: BatchShape, needed: BatchShape, split: int = 1) -> BatchShape
     return grown
 
 
-def make_cohort(
-    population: Population,
-    steps: Steps,
-    layout: Layout,
-    ids: Ids,
-    round: int,
-    *,
-    shape: BatchShape,
-    chunks: int,
-    mesh: Mesh | None = None,
-) -> Cohort:
-    """The arrays of a round's cohort on the devices; every process builds only what its own devices train.
+class Feed(NamedTuple):
+    """What makes any round's arrays of a population: who takes part in it (``cohort``), where, with how many steps.
 
     Batches have the planned ``shape``, or the next that holds them (`fitting`), the same in every process.
     """
-    cohort = host_cohort(population, steps, layout, ids, round, shape=shape, chunks=chunks, mesh=mesh)
-    return placed(cohort, layout.lanes // chunks, mesh)
+
+    steps: Steps
+    layout: Layout
+    cohort: Callable[[int], Ids]
+    shape: BatchShape
 
 
-def make_cohorts(
-    population: Population,
-    steps: Steps,
-    layout: Layout,
-    cohort: Callable[[int], Ids],
-    rounds: range,
-    *,
-    shape: BatchShape,
-    chunks: int,
-    mesh: Mesh | None = None,
+def make_cohort(
+    population: Population, feed: Feed, rounds: Sequence[int], mesh: Mesh | None = None
 ) -> Cohort:
-    """The cohorts of several rounds on a leading axis, as `make_cohort` has them, with batches of one shape."""
+    """The arrays of a round's cohort on the devices; of several rounds on a leading axis, with batches of one shape.
 
-    def made(shape: BatchShape) -> list[Cohort]:
-        return [
-            host_cohort(population, steps, layout, cohort(t), t, shape=shape, chunks=chunks, mesh=mesh)
-            for t in rounds
-        ]
+    Every process builds only what its own devices train.
+    """
 
-    cohorts = made(shape)
+    def made(feed: Feed) -> list[Cohort]:
+        return [host_cohort(population, feed, t, mesh) for t in rounds]
+
+    cohorts = made(feed)
     shapes = [shape_of(cohort) for cohort in cohorts]
     if len(set(shapes)) > 1:
-        cohorts = made(max(shapes))  # they are of one series, so the largest holds all
-    return placed(
-        jax.tree.map(lambda *of_round: np.stack(of_round), *cohorts), layout.lanes // chunks, mesh, 1
+        cohorts = made(feed._replace(shape=max(shapes)))  # they are of one series, so the largest holds all
+    if len(rounds) == 1:
+        return on_devices(cohorts[0], feed.layout.groups, mesh)
+    return on_devices(
+        jax.tree.map(lambda *of_round: np.stack(of_round), *cohorts), feed.layout.groups, mesh, 1
     )
 
 
@@ -202,23 +194,14 @@ def shape_of(cohort: Cohort) -> BatchShape:
     return BatchShape(rows, row_length, cohort.batches.places.shape[-1])
 
 
-def host_cohort(
-    population: Population,
-    steps: Steps,
-    layout: Layout,
-    ids: Ids,
-    round: int,
-    *,
-    shape: BatchShape,
-    chunks: int,
-    mesh: Mesh | None,
-) -> Cohort:
-    """`make_cohort` before it is placed: NumPy arrays, of this process's groups alone."""
-    clients, chosen = seat(population, steps, layout, ids, round)
+def host_cohort(population: Population, feed: Feed, round: int, mesh: Mesh | None = None) -> Cohort:
+    """The arrays of one round before they are on the devices: NumPy's, of this process's groups alone."""
+    steps, layout, cohort, shape = feed
+    clients, chosen = seat(population, steps, layout, cohort(round), round)
     needed = shape_for(population.store, chosen, shape.row_length, steps.packing)
     shape = fitting(shape, needed, steps.row_multiple)
-    groups, here = layout.lanes // chunks, slice(None) if mesh is None else groups_here(mesh)
-    mine, chosen = jax.tree.map(lambda x: dealt(x, groups)[here], (clients, chosen))
+    here = slice(None) if mesh is None else groups_here(mesh)
+    mine, chosen = jax.tree.map(lambda x: dealt(x, layout.groups)[here], (clients, chosen))
     batches = make_batch(population.store, population.labels, chosen, shape, steps.packing)
     return Cohort(mine, batches)
 
@@ -250,7 +233,7 @@ def dealt(lanes: Shaped[np.ndarray, "lanes ..."], groups: int) -> Shaped[np.ndar
     return np.swapaxes(by_chunk, 0, 1)
 
 
-def placed(cohort: Cohort, groups: int, mesh: Mesh | None, axis: int = 0) -> Cohort:
+def on_devices(cohort: Cohort, groups: int, mesh: Mesh | None, axis: int = 0) -> Cohort:
     """A cohort on the devices, its groups on ``axis``."""
     sharding = over_clients(mesh, axis)
     if sharding is None:

@@ -175,7 +175,7 @@ class Fed(NamedTuple):
 
 def fed(runs: Sequence[Running], calls: Sequence[Call], at: At) -> Generator[Fed]:
     """What the calls need, in their order; the arrays of the next one are made in the background."""
-    feed = partial(cohorts_together, [one.config for one in runs], [one.federation for one in runs])
+    feed = partial(cohorts_together, [one.federation for one in runs])
     with ThreadPoolExecutor(1) as ahead:
         upcoming = ahead.submit(feed, calls[0].rounds)
         for call, following in zip_longest(calls, calls[1:]):

@@ -16,7 +16,7 @@ from fslora_jax.federation.local import Passes
 from fslora_jax.federation.round import Cohort, Played
 from fslora_jax.federation.setup import Federation
 from fslora_jax.methods import Client, Traffic
-from fslora_jax.processes import gathered
+from fslora_jax.processes import all_gathered
 from fslora_jax.random import Purpose, device_key
 
 
@@ -32,7 +32,7 @@ class Seen(NamedTuple):
 
 def shown(cohort: Cohort, played: Played) -> Seen:
     """The same on the devices, whole in every process: asked for before they are given the next round."""
-    return gathered(Seen(cohort.clients, played.losses, cohort.batches.weights, played.told))
+    return all_gathered(Seen(cohort.clients, played.losses, cohort.batches.weights, played.told))
 
 
 class Meter:
@@ -54,14 +54,14 @@ class Meter:
 
     def _clock(self, t: int) -> dict[str, float]:
         """Simulated seconds of all rounds so far, where the clients have devices."""
-        population = self._federation.task.population
+        population, feed = self._federation.task.population, self._federation.feed
         if population.clock is None:
             return {}
-        self._seconds += round_seconds(population, self._federation.steps, self._federation.cohort(t), t)
+        self._seconds += round_seconds(population, feed.steps, feed.cohort(t), t)
         return {"clock/simulated_seconds": self._seconds}
 
     def measure(self, t: int, seen: Seen) -> dict[str, Any]:
-        """Mean training loss of the round, the bytes of all rounds so far, and what the method tells.
+        """Mean training loss of the round unless nobody reported, bytes of all rounds so far, what the method tells.
 
         Raises:
           UserError: a client's loss is NaN or infinite; names the round and the client.
@@ -78,25 +78,29 @@ class Meter:
                 "the last checkpoint is kept"
             )
         self._count(t, jax.tree.map(lambda x: x[ids != EMPTY], seen.clients))
-        return self._clock(t) | {
-            "train/loss": mean_loss(by_step, done),
-            "clients/reported": int(done.any(1).sum()),
-            "traffic/down_bytes": self._down,
-            "traffic/up_bytes": self._up,
-            **{name: float(value) for name, value in seen.told.items()},
-        }
+        reported = int(done.any(1).sum())
+        return (
+            self._clock(t)
+            | ({"train/loss": mean_loss(by_step, done)} if reported else {})
+            | {
+                "clients/reported": reported,
+                "traffic/down_bytes": self._down,
+                "traffic/up_bytes": self._up,
+                **{name: float(value) for name, value in seen.told.items()},
+            }
+        )
 
 
 def mean_loss(by_step: Float[np.ndarray, "C H"], done: Bool[np.ndarray, "C H"]) -> float:
-    """The mean over the clients that trained of each one's mean over its steps; 0 where nobody did."""
+    """The mean over the clients that trained, at least one, of each one's mean over its steps."""
     reported = done.any(1)
     of_client = (by_step * done).sum(1)[reported] / done.sum(1)[reported]
-    return math.fsum(of_client) / max(len(of_client), 1)
+    return math.fsum(of_client) / len(of_client)
 
 
 def client_traffic(federation: Federation, k: int) -> Traffic:
     """Bytes of one client of rank ``k`` in the first round, with the others of that cohort, whose stack it may get."""
-    ids = federation.cohort(0)
+    ids = federation.feed.cohort(0)
     ks = np.append(k, federation.task.population.ranks[ids[1:]])
     cohort = Client(*jax.tree.map(np.asarray, (ids, ks, np.ones(len(ids)))))
     down, up = (

@@ -15,14 +15,14 @@ from fslora_jax.data.batches import FILLER, deal_out, make_batch, shape_for
 from fslora_jax.data.tokens import TokenStore
 from fslora_jax.evaluate import Answers, gather
 from fslora_jax.federation.cohort import EMPTY, Layout, plan_layout
-from fslora_jax.federation.feed import make_cohort
+from fslora_jax.federation.feed import Feed, make_cohort
 from fslora_jax.federation.memories import Memories, remembering
 from fslora_jax.federation.method import is_tiered
 from fslora_jax.federation.round import Cohort, Constants, announced, local_training
 from fslora_jax.federation.setup import Federation, global_model, run_constants
 from fslora_jax.methods import Server
 from fslora_jax.processes import fetch
-from fslora_jax.sharding import CLIENTS, client_groups, over_clients
+from fslora_jax.sharding import CLIENTS, over_clients
 from fslora_jax.types import Batch, Local, Score
 
 BATCH = 32
@@ -43,29 +43,22 @@ def score_own(
     As many clients train at once as in a round, on the same mesh; two programs serve them all. All local steps are
     done, whatever the config says of slow and failing clients.
     """
-    steps = federation.steps.undisturbed()
+    steps = federation.feed.steps.undisturbed()
     mine = {
         int(client): deal_out(store, np.flatnonzero(clients == client), BATCH)
         for client in np.unique(clients)
     }
-    chunks = alike(mine, len(federation.layout.caps) * client_groups(federation.mesh))
-    layout = layout_of(config, federation, chunks)
+    at_once = len(federation.feed.layout.caps) * federation.feed.layout.groups
+    chunks = by_batches(mine, at_once)
+    layout = layout_for(config, federation, chunks)
     every = np.concatenate([*mine.values()])
     shape = shape_for(store, every, config.data.row_length or config.data.max_length, steps.packing)
     trained, scored = programs(config, federation, layout)
     base, constants = global_model(federation, server)[0], run_constants(config, federation.mesh)
     scores, slots = [], []
     for ids in chunks:
-        cohort = make_cohort(
-            federation.task.population,
-            steps,
-            layout,
-            ids,
-            int(server.round),
-            shape=federation.shape,
-            chunks=1,
-            mesh=federation.mesh,
-        )
+        taking_part = Feed(steps, layout, lambda _, ids=ids: ids, federation.feed.shape)
+        cohort = make_cohort(federation.task.population, taking_part, [int(server.round)], federation.mesh)
         held = trained(base, server, constants, remembering(cohort, memories))
         for rows in by_slot(mine, fetch(cohort.clients.id)[:, 0]):
             batch = make_batch(store, labels, rows, shape, steps.packing)
@@ -74,13 +67,13 @@ def score_own(
     return gather(jax.tree.map(lambda *parts: np.concatenate(parts), *scores), np.concatenate(slots))
 
 
-def alike(mine: dict[int, np.ndarray], size: int) -> list[np.ndarray]:
+def by_batches(mine: dict[int, np.ndarray], size: int) -> list[np.ndarray]:
     """The clients in groups of ``size`` with nearly equal numbers of batches, so that few places stay empty."""
     ordered = np.array(sorted(mine, key=lambda client: (-len(mine[client]), client)))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def layout_of(config: Config, federation: Federation, chunks: Sequence[np.ndarray]) -> Layout:
+def layout_for(config: Config, federation: Federation, chunks: Sequence[np.ndarray]) -> Layout:
     """Slots that hold each of the chunks; the last one may leave some empty."""
     everybody = np.concatenate(chunks)
     full = [*chunks[:-1], everybody[-len(chunks[0]) :]]
@@ -88,8 +81,8 @@ def layout_of(config: Config, federation: Federation, chunks: Sequence[np.ndarra
         federation.task.population.ranks,
         full,
         r=config.lora.r,
-        lanes=client_groups(federation.mesh),
         tiered=is_tiered(config, federation.method),
+        groups=federation.feed.layout.groups,
     )
 
 
@@ -116,7 +109,7 @@ def programs(config: Config, federation: Federation, layout: Layout) -> tuple[An
         method,
         federation.optimizer,
         layout,
-        local_steps=federation.steps.local_steps,
+        local_steps=federation.feed.steps.local_steps,
         dropout=config.lora.lora_dropout > 0,
     )
 

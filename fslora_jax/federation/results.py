@@ -1,5 +1,6 @@
 """What comes after training: open a run again, evaluate it or an adapter folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from fslora_jax import hub
 from fslora_jax.adapters.read import check_fits, read_adapter
 from fslora_jax.checkpoint import Checkpoints
 from fslora_jax.config import Config, DataConfig, MeshConfig
+from fslora_jax.data.records import listing
 from fslora_jax.data.tasks import TASKS
 from fslora_jax.errors import UserError
 from fslora_jax.evaluate import make_evaluation, measure
@@ -49,15 +51,30 @@ def load_round(run_dir: Path, round: int | None) -> Loaded:
     saved = checkpoints.rounds()
     if not saved:
         raise UserError(f"{run_dir}: no checkpoint yet; the first is after round {config.checkpoint_every}")
-    wanted = saved[-1] if round is None else round
-    if wanted not in saved:
-        raise UserError(f"{run_dir}: no checkpoint of round {wanted}; there are {saved}")
+    if round is not None and round not in saved:
+        raise UserError(f"{run_dir}: no checkpoint of round {round}; there are {saved}")
     federation = set_up(config.model_copy(update={"mesh": MeshConfig()}))  # on the devices that are here
     first = initial_server(config, federation)
-    server = checkpoints.restore(wanted, first)
+    wanted, server = restored(checkpoints, first, round)
     memories = open_memories(config, federation, first, checkpoints.files(wanted), saved=True)
     checkpoints.close()
     return Loaded(config, federation, server, memories)
+
+
+def restored(checkpoints: Checkpoints, first: Server, round: int | None) -> tuple[int, Server]:
+    """The server after a round, or after the newest, which may be gone for a newer one while the run trains on.
+
+    Raises:
+      UserError: the checkpoint is damaged or of another configuration.
+    """
+    wanted = checkpoints.newest() if round is None else round
+    assert wanted is not None
+    try:
+        return wanted, checkpoints.restore(wanted, first)
+    except UserError:
+        if round is not None or checkpoints.newest() == wanted:
+            raise
+        return restored(checkpoints, first, None)
 
 
 def check_goes_on(run: Loaded, asked: str, instead: str) -> None:
@@ -67,7 +84,7 @@ def check_goes_on(run: Loaded, asked: str, instead: str) -> None:
       UserError: it has; ``asked`` says what for, ``instead`` what to do.
     """
     config, federation, server, _ = run
-    if not np.any(federation.optimizer.schedule(int(server.round) * federation.steps.local_steps)):
+    if not np.any(federation.optimizer.schedule(int(server.round) * federation.feed.steps.local_steps)):
         raise UserError(
             f"{asked}: client_optimizer.schedule {config.client_optimizer.schedule} has come to a rate of 0 "
             f"after the last round, so no client would train; {instead}, or train with schedule: constant"
@@ -84,6 +101,7 @@ def evaluate_run(run_dir: Path, data: DataConfig | None = None, new_tokens: int 
     test, metrics, examples = task.test, task.metrics, None
     if data is not None:
         check_task(data, model_task(config.data))
+        check_labels(data, task.label_names)
         metrics = TASKS[data.task].metrics
         data = data.model_copy(update={"label_names": task.label_names or None})
         examples = find_test(data, config.seed, folder)
@@ -106,10 +124,25 @@ def check_task(data: DataConfig, model: str) -> None:
         )
 
 
+def check_labels(data: DataConfig, names: Sequence[str]) -> None:
+    """Refuses a task whose own labels are not those that the head tells apart, in its order.
+
+    Raises:
+      UserError: they are others; a head whose labels are but numbers may be for any.
+    """
+    own = TASKS[data.task].label_names
+    if own and names and tuple(names) != own and not all(name.isdigit() for name in names):
+        raise UserError(
+            f"data.task: {data.task} has the labels {listing(own)}, but this head was trained on {listing(names)}; "
+            "name data with those, under --task classification if need be"
+        )
+
+
 def evaluate_adapter(folder: Path, data: DataConfig, new_tokens: int = 0) -> dict[str, float]:
     """Metrics of a PEFT adapter folder on labelled texts; ``new_tokens`` as in `evaluate_run`."""
     saved = read_adapter(folder)
     check_task(data, MODEL_OF[saved.config.task_type].get("task", "sequence"))
+    check_labels(data, saved.label_names)
     base_folder = hub.resolve_model(saved.config.base_model_name_or_path)
     labelled = data.model_copy(update={"label_names": saved.label_names or data.label_names})
     test = find_test(labelled, 0, base_folder)

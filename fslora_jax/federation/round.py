@@ -160,7 +160,9 @@ def make_round(
     return one_round
 
 
-def several(one_round: Callable) -> Callable[[PyTree, Server, Constants, Cohort], tuple[Server, Played]]:
+def several_rounds(
+    one_round: Callable,
+) -> Callable[[PyTree, Server, Constants, Cohort], tuple[Server, Played]]:
     """Rounds one after another in one dispatch; cohorts, and what is played, have a leading axis of rounds."""
 
     def rounds(base: PyTree, server: Server, constants: Constants, cohorts: Cohort) -> tuple[Server, Played]:
@@ -171,7 +173,7 @@ def several(one_round: Callable) -> Callable[[PyTree, Server, Constants, Cohort]
     return rounds
 
 
-def together(one_round: Callable) -> Callable[[PyTree, Server, Constants, Cohort], tuple[Server, Played]]:
+def several_runs(one_round: Callable) -> Callable[[PyTree, Server, Constants, Cohort], tuple[Server, Played]]:
     """Runs side by side in one dispatch; all but the base has a leading axis of runs.
 
     A CPU does one after another: wider products gain nothing there, and fresh memory costs time.

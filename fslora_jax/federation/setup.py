@@ -15,13 +15,13 @@ from fslora_jax import hub
 from fslora_jax.adapters.spec import model_spec
 from fslora_jax.backend import split_cpu
 from fslora_jax.config import Config
-from fslora_jax.data.batches import BatchShape, make_batch, shape_for
+from fslora_jax.data.batches import make_batch, shape_for
 from fslora_jax.data.held_out import HeldOut
 from fslora_jax.data.tasks import TASKS
-from fslora_jax.federation.cohort import Layout, plan_layout, sample_cohort
+from fslora_jax.federation.cohort import plan_layout, sample_cohort
 from fslora_jax.federation.division import divide, marks_of
 from fslora_jax.federation.examples import load_examples, model_task, outputs, tokenise, tokenise_held_out
-from fslora_jax.federation.feed import Population, Steps, local_examples
+from fslora_jax.federation.feed import Feed, Population, Steps, local_examples
 from fslora_jax.federation.local import ClientOptimizer, Passes
 from fslora_jax.federation.memories import Memories
 from fslora_jax.federation.method import is_tiered, make_method
@@ -51,21 +51,20 @@ class Task(NamedTuple):
 
 
 class Federation(NamedTuple):
-    """All that a run computes with; nothing here changes from round to round.
-
-    ``cohort`` gives the clients of a round.
-    """
+    """All that a run computes with; nothing here changes from round to round."""
 
     task: Task
     start: Trainable | None
     spec: Spec
     method: Method
     optimizer: ClientOptimizer
-    steps: Steps
-    layout: Layout
-    cohort: Callable[[int], np.ndarray]
-    shape: BatchShape
+    feed: Feed
     mesh: Mesh | None
+
+
+def fed(federation: Federation, **changes: Any) -> Federation:
+    """The same federation with another feed."""
+    return federation._replace(feed=federation.feed._replace(**changes))
 
 
 def load_task(config: Config, mesh: Mesh | None, beside: Task | None = None) -> Task:
@@ -157,15 +156,20 @@ def mesh_of(config: Config) -> Mesh | None:
 
 def federation_of(config: Config, task: Task, mesh: Mesh | None) -> Federation:
     """Method, optimisers and shapes for a task that is loaded."""
-    f, r = config.federation, config.lora.r
+    f = config.federation
     spec = model_spec(config.lora, task.model, f.share_sketch)
     method = make_method(config, spec)
     model, frozen, start = starting_point(config, task.model, spec, task.label_names)
     base = task.base | jax.device_put(frozen, replicated(mesh))
     cohort = cohort_sampler(config)
-    lanes = client_groups(mesh) * f.cohort_chunks
-    cohorts, tiered = map(cohort, range(different_cohorts(config))), is_tiered(config, method)
-    layout = plan_layout(task.population.ranks, cohorts, r=r, lanes=lanes, tiered=tiered)
+    layout = plan_layout(
+        task.population.ranks,
+        map(cohort, range(different_cohorts(config))),
+        r=config.lora.r,
+        tiered=is_tiered(config, method),
+        groups=client_groups(mesh),
+        chunks=f.cohort_chunks,
+    )
     steps = Steps(
         seed=config.seed,
         local_steps=f.local_steps,
@@ -184,17 +188,14 @@ def federation_of(config: Config, task: Task, mesh: Mesh | None) -> Federation:
         steps = steps._replace(
             row_length=best_row_length(task.population, steps, layout, cohort, planned, wide)
         )
-    shape = plan_shape(task.population, steps, cohort, planned)
+    feed = Feed(steps, layout, cohort, plan_shape(task.population, steps, cohort, planned))
     return Federation(
         task=task._replace(model=model, base=base),
         start=start,
         spec=spec,
         method=method,
         optimizer=make_client_optimizer(config.client_optimizer, f.num_rounds, f.local_steps),
-        steps=steps,
-        layout=layout,
-        cohort=cohort,
-        shape=shape,
+        feed=feed,
         mesh=mesh,
     )
 
@@ -241,7 +242,7 @@ def run_constants(config: Config, mesh: Mesh | None) -> Constants:
 
 def kernel_gradient(federation: Federation, server: Server) -> dict[str, Array]:
     """The mean over all clients of the loss's gradient at the adapted kernels, on each one's first minibatch."""
-    task, steps = federation.task, federation.steps.undisturbed()._replace(local_steps=1)
+    task, steps = federation.task, federation.feed.steps.undisturbed()._replace(local_steps=1)
     held = jax.tree.map(lambda x: x[None], whole(federation.spec, federation.method.adapter(server)))
     nothing = {m: jnp.zeros((t.layers, t.i, t.o)) for m, t in federation.spec.targets.items()}
 

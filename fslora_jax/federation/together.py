@@ -1,7 +1,6 @@
 """Runs that share one program: which ones may, and how their federations are made alike."""
 
 from collections.abc import Sequence
-from itertools import repeat
 from typing import TypeVar
 
 import jax
@@ -9,10 +8,10 @@ import jax.numpy as jnp
 
 from fslora_jax.config import Config
 from fslora_jax.data.batches import BatchShape
-from fslora_jax.federation.calls import cohorts_of
+from fslora_jax.federation.calls import cohort_of
 from fslora_jax.federation.feed import shape_of
 from fslora_jax.federation.round import Cohort
-from fslora_jax.federation.setup import Federation
+from fslora_jax.federation.setup import Federation, fed
 from fslora_jax.federation.shapes import plan_shape, planned_rounds
 from fslora_jax.rundir import settings_of
 
@@ -46,30 +45,31 @@ def alike(configs: Sequence[Config], federations: Sequence[Federation]) -> list[
     """The same federations with slots, rows and batches of one shape, the smallest that holds all of them."""
     if len(federations) == 1:
         return list(federations)
-    caps = tuple(map(max, zip(*(f.layout.caps for f in federations), strict=True)))
-    row_length = max(f.steps.row_length for f in federations)
+    feeds = [f.feed for f in federations]
+    caps = tuple(map(max, zip(*(feed.layout.caps for feed in feeds), strict=True)))
+    row_length = max(feed.steps.row_length for feed in feeds)
     config = configs[0]
-    rounds = planned_rounds(federations[0].steps, config.federation.num_rounds, config.clients_per_round)
+    rounds = planned_rounds(feeds[0].steps, config.federation.num_rounds, config.clients_per_round)
+
+    def aligned(f: Federation) -> Federation:
+        layout, steps = f.feed.layout._replace(caps=caps), f.feed.steps._replace(row_length=row_length)
+        return fed(f, layout=layout, steps=steps)
+
     # Runs that differ in their rates alone are one federation, laid out once.
-    aligned = {
-        id(f): f._replace(layout=f.layout._replace(caps=caps), steps=f.steps._replace(row_length=row_length))
-        for f in federations
-    }
-    shapes = [plan_shape(f.task.population, f.steps, f.cohort, rounds) for f in aligned.values()]
+    once = {id(f): aligned(f) for f in federations}
+    shapes = [plan_shape(f.task.population, f.feed.steps, f.feed.cohort, rounds) for f in once.values()]
     shape = BatchShape(*map(max, zip(*shapes, strict=True)))
-    return [aligned[id(f)]._replace(shape=shape) for f in federations]
+    return [fed(once[id(f)], shape=shape) for f in federations]
 
 
-def cohorts_together(
-    configs: Sequence[Config], federations: Sequence[Federation], rounds: range
-) -> list[Cohort]:
+def cohorts_together(federations: Sequence[Federation], rounds: range) -> list[Cohort]:
     """Each run's arrays of some rounds, in one shape even where one of them needs more rows than were planned."""
-    made = list(map(cohorts_of, configs, federations, repeat(rounds)))
+    made = [cohort_of(f, *rounds) for f in federations]
     shapes = list(map(shape_of, made))
     if len(set(shapes)) == 1:
         return made
-    grown = [f._replace(shape=max(shapes)) for f in federations]  # of one series, so the largest holds all
-    return list(map(cohorts_of, configs, grown, repeat(rounds)))
+    # They are of one series, so the largest holds all.
+    return [cohort_of(fed(f, shape=max(shapes)), *rounds) for f in federations]
 
 
 def joined(parts: Sequence[T]) -> T:

@@ -46,7 +46,7 @@ def abstract_arguments(
     """Base, server, constants and cohort as shapes."""
     f = config.federation
     method = make_method(config, model_spec(config.lora, model, f.share_sketch))
-    slots = (layout.lanes // f.cohort_chunks, f.cohort_chunks, len(layout.caps))
+    slots = (layout.groups, layout.chunks, len(layout.caps))
     steps = (*slots, f.local_steps)
 
     def cohort(server: Server) -> Cohort:
@@ -68,7 +68,7 @@ def abstract_arguments(
     )
 
 
-def placed(
+def with_places(
     arguments: tuple[PyTree, PyTree, PyTree, PyTree], mesh: Mesh | None, devices: Sequence[Any]
 ) -> tuple[PyTree, PyTree, PyTree, PyTree]:
     """The shapes on their places, as a run has its arrays."""

@@ -11,7 +11,7 @@ from fslora_jax.config import Config
 from fslora_jax.data.batches import BatchShape
 from fslora_jax.errors import UserError
 from fslora_jax.plan.abstract import abstract_model
-from fslora_jax.plan.compiled import Compiled, compile_round
+from fslora_jax.plan.compiled import Compiled, compile_abstract
 from fslora_jax.plan.topology import chip_of, devices_of, prepare
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ def compiler_for(topology: str, num_labels: int, shape: BatchShape) -> Callable[
 
 def compile_for(topology: str, num_labels: int, shape: BatchShape, config: Config) -> Compiled:
     """The round of a config, compiled for a slice."""
-    return compile_round(config, abstract_model(config, num_labels), shape, devices_of(topology))
+    return compile_abstract(config, abstract_model(config, num_labels), shape, devices_of(topology))
 
 
 def compile_afresh(topology: str, num_labels: int, shape: BatchShape, config: Config) -> Compiled:

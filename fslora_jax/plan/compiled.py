@@ -26,7 +26,7 @@ from fslora_jax.federation.setup import (
 from fslora_jax.methods import Spec
 from fslora_jax.models import Model, shifted
 from fslora_jax.models.kernels import narrowed
-from fslora_jax.plan.abstract import abstract_arguments, placed
+from fslora_jax.plan.abstract import abstract_arguments, with_places
 from fslora_jax.program import Collective, collectives, matmul_flops, memory_of
 from fslora_jax.sharding import AXES, client_groups, make_mesh
 
@@ -51,7 +51,7 @@ class Compiled(NamedTuple):
     failure: str | None = None
 
 
-def compile_round(config: Config, model: Model, shape: BatchShape, devices: Sequence[Any]) -> Compiled:
+def compile_abstract(config: Config, model: Model, shape: BatchShape, devices: Sequence[Any]) -> Compiled:
     """Compiles the round for ``devices``; a program that does not fit their memory is a failure, not an error.
 
     The rows of ``shape`` are rounded up to what the config's passes and mesh divide.
@@ -60,22 +60,22 @@ def compile_round(config: Config, model: Model, shape: BatchShape, devices: Sequ
       UserError: the mesh does not make up the devices, or a weight cannot be split over it.
     """
     mesh = make_mesh(config.mesh.clients, config.mesh.fsdp, config.mesh.tensor, devices)
-    layout = layout_of(config, model, client_groups(mesh) * config.federation.cohort_chunks)
+    layout = layout_of(config, model, client_groups(mesh))
     multiple = row_multiple(config)
     shape = shape._replace(rows=-(-shape.rows // multiple) * multiple)
-    arguments = placed(abstract_arguments(config, model, shape, layout), mesh, devices)
+    arguments = with_places(abstract_arguments(config, model, shape, layout), mesh, devices)
     started = time.perf_counter()
     traced = jax.jit(round_of(config, model, layout, mesh), donate_argnums=SERVER).trace(*arguments)
     sizes: dict[str, int] = (
         dict.fromkeys(AXES, 1) if mesh is None else {axis: mesh.shape[axis] for axis in AXES}
     )
     group = sizes["fsdp"] * sizes["tensor"]
-    steps = config.federation.local_steps * config.federation.cohort_chunks
+    steps = config.federation.local_steps * layout.chunks
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments[0]["layers"]))
     found = Compiled(
         sizes=sizes,
         shape=shape,
-        slots=len(layout.caps) * config.federation.cohort_chunks,
+        slots=len(layout.caps) * layout.chunks,
         flops=matmul_flops(traced.jaxpr.jaxpr) / group,
         read=steps * 2 * weights / sizes["tensor"],  # forwards and backwards, at the least
     )
@@ -113,13 +113,14 @@ def out_of_memory(message: str) -> str:
     return (lines or [message.strip()])[0][:200]
 
 
-def layout_of(config: Config, model: Model, lanes: int) -> Layout:
-    """The slots of the config's cohorts."""
+def layout_of(config: Config, model: Model, groups: int) -> Layout:
+    """The slots of the config's cohorts on so many groups of devices."""
     cohorts = map(cohort_sampler(config), range(different_cohorts(config)))
     tiered = is_tiered(config, make_method(config, Spec({}, config.lora.r, 1.0)))
     longest = config.data.max_length
     ranks, _ = resources(config, model, longest, longest**2)
-    return plan_layout(ranks, cohorts, r=config.lora.r, lanes=lanes, tiered=tiered)
+    chunks = config.federation.cohort_chunks
+    return plan_layout(ranks, cohorts, r=config.lora.r, tiered=tiered, groups=groups, chunks=chunks)
 
 
 def round_of(config: Config, model: Model, layout: Layout, mesh: Mesh | None) -> Any:

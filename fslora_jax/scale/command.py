@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fslora_jax.arguments import option, parse_config, suggest
 from fslora_jax.bench.compare import machine
-from fslora_jax.errors import UserError
+from fslora_jax.errors import UserError, of_other_version
 from fslora_jax.figures import lines_figure
 from fslora_jax.rundir import read_mapping, write_atomically
 from fslora_jax.scale.curves import CURVES, Curve
@@ -44,7 +44,7 @@ def scale_command(argv: Sequence[str]) -> None:
         hint = suggest(name, list(CURVES)) if name else f"; expected one of {', '.join(CURVES)}"
         raise UserError(f"scale: {f'unknown curve {name!r}' if name else 'no curve'}{hint}")
     config, _, args = parse_config(
-        "scale",
+        f"scale {name or 'CURVE'}",
         scale_command.__doc__ or "",
         argv[1:] if name else argv,
         out=option(Path, Path("runs/scale"), "Folder for CURVE.csv, CURVE.json and figures."),
@@ -83,6 +83,9 @@ def begun(file: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     if not file.exists():
         return fresh | {"points": []}
     old = read_mapping(file)
+    for part in ("config", "points"):
+        if part not in old:
+            raise of_other_version(file, part)
     if old["config"] != fresh["config"]:
         raise UserError(f"{file}: holds points of another config; choose another --out, or delete the file")
     return old

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from fslora_jax.config import Config
 from fslora_jax.data.partition import Partition
 from fslora_jax.data.tokens import TokenStore
+from fslora_jax.federation.examples import check_length
 from fslora_jax.federation.feed import Population
 from fslora_jax.federation.resources import resources
 from fslora_jax.federation.setup import Federation, Task, federation_of, mesh_of
@@ -26,7 +27,12 @@ def made_federation(config: Config, model: Model) -> Federation:
 
 
 def made_task(config: Config, model: Model, mesh: Mesh | None) -> Task:
-    """Every client has as many texts as a minibatch, each of ``data.max_length`` tokens."""
+    """Every client has as many texts as a minibatch, each of ``data.max_length`` tokens.
+
+    Raises:
+      UserError: the model takes no texts that long.
+    """
+    check_length(config.data.max_length, model, config.model.name)
     key = device_key(config.seed, Purpose.INIT)
     places = base_shardings(mesh, jax.eval_shape(model.init_base, key))
     base = jax.jit(model.init_base, out_shardings=places if mesh is not None else None)(key)

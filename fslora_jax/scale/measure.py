@@ -28,10 +28,10 @@ def measure(point: Point, repeats: int) -> dict[str, Any]:
     Raises:
       UserError: a process reports bad input, or has died.
     """
-    with started(point) as workers:
+    with workers_of(point) as workers:
         facts, *_ = [worker.answer() for worker in workers]
         rounds = timed(workers, repeats) if point.runs else []
-        peaks = together(workers, "peak") if point.runs else []
+        peaks = ask_all(workers, "peak") if point.runs else []
     record = {"line": point.line, "x": point.x, "clients": point.config.clients_per_round} | facts
     record["chunks"] = point.config.federation.cohort_chunks
     if not point.runs:
@@ -47,14 +47,14 @@ def measure(point: Point, repeats: int) -> dict[str, Any]:
 
 def timed(workers: list[Worker], repeats: int) -> list[list[dict[str, Any]]]:
     """What all say of each round; of short ones more are timed, for `SHORT` seconds."""
-    together(workers, "run")  # pages are touched and threads started here
+    ask_all(workers, "run")  # pages are touched and threads started here
     rounds: list[list[dict[str, Any]]] = []
     while len(rounds) < repeats or (len(rounds) < MOST and sum(r[0]["seconds"] for r in rounds) < SHORT):
-        rounds.append(together(workers, "run"))
+        rounds.append(ask_all(workers, "run"))
     return rounds
 
 
-def together(workers: list[Worker], command: str) -> list[dict[str, Any]]:
+def ask_all(workers: list[Worker], command: str) -> list[dict[str, Any]]:
     """All do the same, at the same time."""
     for worker in workers:
         worker.tell(command)
@@ -62,7 +62,7 @@ def together(workers: list[Worker], command: str) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def started(point: Point) -> Iterator[list[Worker]]:
+def workers_of(point: Point) -> Iterator[list[Worker]]:
     """The processes of a point.
 
     Raises:

@@ -10,10 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fslora_jax.bench.worker import peak_bytes, say
+from fslora_jax.bench.worker import mistakes_told, peak_bytes, say
 from fslora_jax.config import make_config
 from fslora_jax.data.batches import BatchShape
-from fslora_jax.errors import UserError
 from fslora_jax.federation.calls import cohort_of, compile_round, training_base
 from fslora_jax.federation.memories import remembering
 from fslora_jax.federation.setup import initial_server, open_memories, run_constants
@@ -48,7 +47,7 @@ def analysed(point: Point, model: Model) -> dict[str, Any]:
     """What the compiler says, from abstract arrays alone."""
     config, length = point.config, point.config.data.max_length
     shape = BatchShape(config.federation.batch_size, length, 0)
-    found = plan.compile_round(config, model, shape, jax.devices())
+    found = plan.compile_abstract(config, model, shape, jax.devices())
     parts = {name: getattr(found, name) for name in ("arguments", "temporaries", "outputs", "flops")}
     return parts | {
         "compile_seconds": found.seconds,
@@ -56,7 +55,7 @@ def analysed(point: Point, model: Model) -> dict[str, Any]:
     }
 
 
-def prepared(point: Point, model: Model, folder: Path) -> tuple[dict[str, Any], Any]:
+def ready_round(point: Point, model: Model, folder: Path) -> tuple[dict[str, Any], Any]:
     """What the compiler says of the round, and a function that does it: seconds in all, and of these to feed it.
 
     What clients remember lies in ``folder``.
@@ -64,7 +63,7 @@ def prepared(point: Point, model: Model, folder: Path) -> tuple[dict[str, Any], 
     config, federation = point.config, made_federation(point.config, model)
     server, constants = initial_server(config, federation), run_constants(config, federation.mesh)
     memories = open_memories(config, federation, server, folder / "memories")
-    base, cohort = training_base(config, federation), remembering(cohort_of(config, federation, 0), memories)
+    base, cohort = training_base(config, federation), remembering(cohort_of(federation, 0), memories)
     program, seconds = compile_round(config, federation, base, server, constants, cohort)
     mesh = federation.mesh
     sizes = {axis: 1 if mesh is None else int(mesh.shape[axis]) for axis in AXES}
@@ -77,7 +76,7 @@ def prepared(point: Point, model: Model, folder: Path) -> tuple[dict[str, Any], 
     def one_round() -> dict[str, float]:
         before = jax.block_until_ready(jax.tree.map(jnp.copy, server))
         started = time.perf_counter()
-        cohort = jax.block_until_ready(remembering(cohort_of(config, federation, 0), memories))
+        cohort = jax.block_until_ready(remembering(cohort_of(federation, 0), memories))
         fed = time.perf_counter()
         jax.block_until_ready(program(base, before, constants, cohort))
         return {"seconds": time.perf_counter() - started, "feed_seconds": fed - started}
@@ -88,7 +87,7 @@ def prepared(point: Point, model: Model, folder: Path) -> tuple[dict[str, Any], 
 def main() -> None:
     """``python -m fslora_jax.scale.worker POINT.json``; commands: ``run``, ``peak``."""
     sys.stdout = sys.stderr
-    try:
+    with mistakes_told():
         point = read_point(Path(sys.argv[1]))
         if ENVIRONMENT[0] in os.environ:
             join()
@@ -97,12 +96,10 @@ def main() -> None:
         if not point.runs:
             say(analysed(point, model) | parameters)
             return
-        facts, one_round = prepared(point, model, Path(sys.argv[1]).parent)
+        facts, one_round = ready_round(point, model, Path(sys.argv[1]).parent)
         say(facts | parameters)
         for command in sys.stdin:
             say({"peak_bytes": peak_bytes()} if command.strip() == "peak" else one_round())
-    except UserError as error:
-        say({"error": str(error)})
 
 
 if __name__ == "__main__":

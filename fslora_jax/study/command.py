@@ -76,6 +76,7 @@ def study_command(argv: Sequence[str]) -> None:
     chosen = args.grids or list(study.grids)
     points = [point for point in everything if point.grid in chosen]
     mine = part_of(points, args.part)
+    elsewhere = finished_in(args.reuse)
     settle_devices(points[0].config)
     console = Console(stderr=True)
     console.print(plan_table(args.out, points, args.together))
@@ -83,7 +84,7 @@ def study_command(argv: Sequence[str]) -> None:
         return
     if not args.mixed:
         check_code(args.out, points)
-    finished = finished_in(args.reuse) | finished_points(args.out, with_trials(everything))
+    finished = elsewhere | finished_points(args.out, with_trials(everything))
     check_own(args.out, everything)
     begun = {grid for grid in study.grids for name in (grid, grid + TRIALS) if (args.out / name).is_dir()}
     covered = [point for point in everything if point.grid in begun.union(chosen)]

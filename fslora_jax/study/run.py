@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from fslora_jax.errors import Diverged, UserError
+from fslora_jax.errors import Diverged, UserError, memory_told
 from fslora_jax.federation.loop import Display, run_together
 from fslora_jax.federation.together import program_of
 from fslora_jax.provenance import code_fingerprint
@@ -157,15 +157,13 @@ def run_pack(
     """Runs some points together, or one by one where that does not work; returns why some were not finished."""
     try:
         tell(f"running {', '.join(point.name for point in pack)}")
-        with display() as shown:
+        with display() as shown, memory_told():
             ended = run_together([(point.config, out / point.name) for point in pack], shown)
         return {point.name: ended[out / point.name] for point in pack if out / point.name in ended}
-    except (UserError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, UserError) and len(pack) == 1:
+    except UserError as error:
+        if len(pack) == 1:
             return {pack[0].name: error}
-        if len(pack) == 1 or not (isinstance(error, UserError) or "RESOURCE_EXHAUSTED" in str(error)):
-            raise
-        tell(f"together: {str(error).splitlines()[0]}; going on one by one")
+        tell(f"together: {error}; going on one by one")
     failures: dict[str, UserError] = {}
     for point in pack:
         failures |= run_pack(out, [point], tell, display)

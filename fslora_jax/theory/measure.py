@@ -109,7 +109,7 @@ def objective(config: Config, federation: Federation, unit: float = 1.0) -> Call
 
 def draw_sample(run: Run, sizes: Sizes) -> Sample:
     """Clients, sketches and minibatches, all independent: a batch takes a client's examples without replacement."""
-    config, steps, population = run.config, run.federation.steps, run.federation.task.population
+    config, steps, population = run.config, run.federation.feed.steps, run.federation.task.population
     everybody = len(population.ranks)
     rng = host_rng(config.seed, Purpose.THEORY)
     ids = np.sort(rng.choice(everybody, min(sizes.clients, everybody), replace=False))
