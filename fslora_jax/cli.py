@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pkgutil import resolve_name
@@ -77,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"fslora: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever reads what is printed has seen enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         print(f"fslora: error: {error.filename or 'files'}: {os.strerror(error.errno or 0)}", file=sys.stderr)
         sys.exit(2)

@@ -129,8 +129,8 @@ class FederationConfig(Section):
     """Parts in which each device works through its clients, one after another, to save memory."""
 
 
-MOST_CPU_DEVICES = 256
-"""A CPU's; each has threads of its own, and with very many the system refuses more."""
+MOST_CPU_DEVICES = 128
+"""A CPU's; each holds the base model and has threads of its own, so with very many a machine gives up."""
 
 
 class MeshConfig(Section):

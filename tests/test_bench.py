@@ -292,14 +292,19 @@ def test_what_devices_promise(world, monkeypatch):
     assert worker.peak_of("tiered", config, spread) is None
 
 
-def test_a_device_that_is_not_there(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("Unable to initialize backend 'cuda'\nand more"), "Unable to .*'cuda'"),
+        (AssertionError(), "it finds none"),
+    ],
+)
+def test_a_device_that_is_not_there(monkeypatch, error, words):
     def fails():
-        raise RuntimeError("Unable to initialize backend 'cuda'\nand more")
+        raise error
 
     monkeypatch.setattr(worker.jax, "devices", fails)
-    with pytest.raises(
-        UserError, match=r"--device: JAX cannot use what it names: Unable to .*'cuda'; choose"
-    ):
+    with pytest.raises(UserError, match=f"--device: JAX cannot use what it names: {words}; choose"):
         worker.devices_here()
 
 

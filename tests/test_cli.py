@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -316,6 +317,19 @@ def test_a_lack_of_memory_is_one_line_that_says_what_to_do(world, capsys, monkey
     said = runs.mistake(world, capsys, "train")
     assert said.startswith("fslora: error: memory: ") and words in said
     assert said.endswith("or set model.remat: full")
+
+
+def test_a_reader_that_has_seen_enough_is_no_mistake(world, capsys, monkeypatch, tmp_path):
+    def printing(argv):
+        raise BrokenPipeError
+
+    with (tmp_path / "out").open("w") as printed, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", printed)
+        patch.setattr(cli, "resolve_name", lambda name: printing)
+        with pytest.raises(SystemExit) as caught:
+            runs.call(world, "methods")
+    assert caught.value.code == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""
 
 
 def test_other_errors_of_a_device_are_not_a_users(world, monkeypatch):

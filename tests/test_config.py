@@ -82,7 +82,7 @@ def test_the_defaults_are_the_papers():
             "federation.clients_asked: found 9 without federation.devices",
         ),
         ({"mesh__clients": 0}, "mesh.clients: found 0, expected -1 (all that are left) or at least 1"),
-        ({"mesh__cpu_devices": 0}, "mesh.cpu_devices: found 0, expected -1 (one for each core) or 1 to 256"),
+        ({"mesh__cpu_devices": 0}, "mesh.cpu_devices: found 0, expected -1 (one for each core) or 1 to 128"),
         ({"mesh__cpu_devices": 1000}, "mesh.cpu_devices: found 1000, expected -1"),
         ({"data__row_length": 64}, "data.row_length: found 64, expected at least data.max_length = 128"),
         ({"client_optimizer__learning_rate": 0}, "client_optimizer.learning_rate: found 0"),
