@@ -74,9 +74,7 @@ def test_engines_in_jax_do_the_same_round(tiered, engine):
     ("engines", "changes"),
     [
         (["masked", "chunked", "loop", "drjax"], {"federation__rows_per_pass": 1}),
-        (["loop", "drjax"], {"lora__lora_dropout": 0.3}),
         (["loop", "drjax"], {"federation__method": "raflora"}),
-        (["loop", "drjax"], {"federation__method_options": {"redraw": True}}),
         (["loop"], {"federation__method": "fed_sb", "data__packing": False, **FULL}),
         (
             ["loop", "drjax"],
@@ -86,7 +84,14 @@ def test_engines_in_jax_do_the_same_round(tiered, engine):
                 **FULL,
             },
         ),
-        (["loop", "drjax"], {"federation__wrappers": {"over_the_air": {}}}),
+        (
+            ["loop", "drjax"],
+            {
+                "lora__lora_dropout": 0.3,
+                "federation__method_options": {"redraw": True},
+                "federation__wrappers": {"over_the_air": {}},
+            },
+        ),
     ],
     ids=str,
 )

@@ -20,7 +20,7 @@ from fslora_jax.federation.calls import Programs, calls_of, cohort_of
 from fslora_jax.federation.cohort import sample_cohort
 from fslora_jax.federation.meter import Meter
 from fslora_jax.federation.optimizer import make_client_optimizer
-from fslora_jax.federation.setup import fed, set_up
+from fslora_jax.federation.setup import set_up, with_feed
 
 Q_RANK = 2 * 2 * (16 + 16)
 """Values of a unit of rank: query and value in two layers, 16 to 16."""
@@ -219,7 +219,7 @@ def test_several_rounds_in_one_call_are_the_same_to_the_bit(world, tmp_path, mon
 
 def test_rounds_of_a_call_have_one_shape(world):
     _, federation = federation_of(world, data__row_length=12)
-    planned = fed(federation, shape=federation.feed.shape._replace(rows=3))  # rounds need 3, 4, 3 and 4
+    planned = with_feed(federation, shape=federation.feed.shape._replace(rows=3))  # rounds need 3, 4, 3 and 4
     together = cohort_of(planned, *range(4))
     for i in range(4):
         alone = cohort_of(federation, i)

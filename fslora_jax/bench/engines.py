@@ -38,7 +38,7 @@ from fslora_jax.federation.memories import remembering
 from fslora_jax.federation.round import Cohort, Constants, announced, client_keys, local_training
 from fslora_jax.federation.setup import (
     Federation,
-    fed,
+    with_feed,
     federation_of,
     initial_server,
     load_task,
@@ -65,7 +65,7 @@ def with_layout(federation: Federation, *, tiered: bool, chunks: int) -> Federat
         groups=federation.feed.layout.groups,
         chunks=chunks,
     )
-    return fed(federation, layout=layout)
+    return with_feed(federation, layout=layout)
 
 
 def compiled(config: Config, federation: Federation, *, tiered: bool, chunks: int | None = None) -> Round:
@@ -170,7 +170,7 @@ def drjax_map(config: Config, federation: Federation) -> Round:
     import drjax
 
     federation = with_layout(federation, tiered=False, chunks=1)
-    federation = fed(federation, steps=federation.feed.steps._replace(passes=None))
+    federation = with_feed(federation, steps=federation.feed.steps._replace(passes=None))
     method, r, mesh = federation.method, federation.spec.r, federation.mesh
     ready = partial(
         narrowed, products=config.model.products

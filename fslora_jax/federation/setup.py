@@ -62,7 +62,7 @@ class Federation(NamedTuple):
     mesh: Mesh | None
 
 
-def fed(federation: Federation, **changes: Any) -> Federation:
+def with_feed(federation: Federation, **changes: Any) -> Federation:
     """The same federation with another feed."""
     return federation._replace(feed=federation.feed._replace(**changes))
 

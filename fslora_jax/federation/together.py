@@ -11,7 +11,7 @@ from fslora_jax.data.batches import BatchShape
 from fslora_jax.federation.calls import cohort_of
 from fslora_jax.federation.feed import shape_of
 from fslora_jax.federation.round import Cohort
-from fslora_jax.federation.setup import Federation, fed
+from fslora_jax.federation.setup import Federation, with_feed
 from fslora_jax.federation.shapes import plan_shape, planned_rounds
 from fslora_jax.rundir import settings_of
 
@@ -53,13 +53,13 @@ def alike(configs: Sequence[Config], federations: Sequence[Federation]) -> list[
 
     def aligned(f: Federation) -> Federation:
         layout, steps = f.feed.layout._replace(caps=caps), f.feed.steps._replace(row_length=row_length)
-        return fed(f, layout=layout, steps=steps)
+        return with_feed(f, layout=layout, steps=steps)
 
     # Runs that differ in their rates alone are one federation, laid out once.
     once = {id(f): aligned(f) for f in federations}
     shapes = [plan_shape(f.task.population, f.feed.steps, f.feed.cohort, rounds) for f in once.values()]
     shape = BatchShape(*map(max, zip(*shapes, strict=True)))
-    return [fed(once[id(f)], shape=shape) for f in federations]
+    return [with_feed(once[id(f)], shape=shape) for f in federations]
 
 
 def cohorts_together(federations: Sequence[Federation], rounds: range) -> list[Cohort]:
@@ -69,7 +69,7 @@ def cohorts_together(federations: Sequence[Federation], rounds: range) -> list[C
     if len(set(shapes)) == 1:
         return made
     # They are of one series, so the largest holds all.
-    return [cohort_of(fed(f, shape=max(shapes)), *rounds) for f in federations]
+    return [cohort_of(with_feed(f, shape=max(shapes)), *rounds) for f in federations]
 
 
 def joined(parts: Sequence[T]) -> T:
