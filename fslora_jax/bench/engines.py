@@ -38,13 +38,13 @@ from fslora_jax.federation.memories import remembering
 from fslora_jax.federation.round import Cohort, Constants, announced, client_keys, local_training
 from fslora_jax.federation.setup import (
     Federation,
-    with_feed,
     federation_of,
     initial_server,
     load_task,
     open_memories,
     run_constants,
     set_up,
+    with_feed,
 )
 from fslora_jax.methods import Combined, Method, Server, merge
 from fslora_jax.models import shifted
