@@ -19,16 +19,12 @@ class Diverged(UserError):
     """Training left the finite numbers: a matter of its settings, such as the learning rate."""
 
 
-class OutOfMemory(UserError):
-    """A round, or the model, needs more memory than there is: a matter of its settings."""
-
-
 @contextmanager
 def memory_told() -> Iterator[None]:
     """Makes a lack of memory a user's error that says what to do.
 
     Raises:
-      OutOfMemory: the devices, or the host, refused what was asked for.
+      UserError: the devices, or the host, refused what was asked for.
     """
     try:
         yield
@@ -36,7 +32,7 @@ def memory_told() -> Iterator[None]:
         reason = str(error).strip() or "the host has no more"
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in reason:
             raise
-        raise OutOfMemory(
+        raise UserError(
             f"memory: {reason.splitlines()[0]}; raise federation.cohort_chunks, lower federation.batch_size or "
             "rows_per_pass, or set model.remat: full"
         ) from None

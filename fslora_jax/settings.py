@@ -35,11 +35,11 @@ def known_fields(model: type[BaseModel], prefix: str = "") -> list[str]:
     names = []
     for name, field in model.model_fields.items():
         names.append(prefix + name)
-        inner, named = field.annotation, ""
+        inner, given = field.annotation, ""
         if get_origin(inner) is dict:
-            inner, named = get_args(inner)[1], "*."
+            inner, given = get_args(inner)[1], "*."
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            names += known_fields(inner, f"{prefix}{name}.{named}")
+            names += known_fields(inner, f"{prefix}{name}.{given}")
     return names
 
 

@@ -172,9 +172,8 @@ def drjax_map(config: Config, federation: Federation) -> Round:
     federation = with_layout(federation, tiered=False, chunks=1)
     federation = with_feed(federation, steps=federation.feed.steps._replace(passes=None))
     method, r, mesh = federation.method, federation.spec.r, federation.mesh
-    ready = partial(
-        narrowed, products=config.model.products
-    )  # a copy for each client: turned kernels only cost
+    # Each client has a copy, so that turned kernels only cost.
+    ready = partial(narrowed, products=config.model.products)
     base = federation.task.base if method.traits.moves_base else ready(federation.task.base)
     server, constants = initial_server(config, federation), run_constants(config, mesh)
     cohort = cohort_of(federation, 0)
@@ -192,9 +191,8 @@ def drjax_map(config: Config, federation: Federation) -> Round:
         told = server._replace(announced=announced(method, all_clients, None))
         sent = drjax.map_fn(client, (*drjax.broadcast((here, told)), clients))
         combined = drjax.reduce_sum(sent._replace(peak={}))
-        combined = combined._replace(
-            peak=jax.tree.map(lambda x: x.max(0), sent.peak)
-        )  # it reduces by sums alone
+        peak = jax.tree.map(lambda x: x.max(0), sent.peak)  # DrJAX reduces by sums alone
+        combined = combined._replace(peak=peak)
         return updated(method, constants, server, combined)
 
     step = jax.jit(program, compiler_options=compiler_options(config.model.products))

@@ -79,9 +79,10 @@ class Meter:
             )
         self._count(t, jax.tree.map(lambda x: x[ids != EMPTY], seen.clients))
         reported = int(done.any(1).sum())
+        loss = {"train/loss": mean_loss(by_step, done)} if reported else {}
         return (
             self._clock(t)
-            | ({"train/loss": mean_loss(by_step, done)} if reported else {})
+            | loss
             | {
                 "clients/reported": reported,
                 "traffic/down_bytes": self._down,
